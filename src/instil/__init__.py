@@ -1,0 +1,77 @@
+"""Instil: instruction tuning that trains the very tokens it will serve, and shows them.
+
+    records = instil.read("instructions.jsonl")       # rows of any common shape, as a stream
+    exchanges = instil.exchanges(records, ...)        # each answer with the prompt it is served under
+    batches = instil.pack(exchanges, ...)             # token trees in packed batches
+
+Each name is loaded when it is first used, so `import instil` costs next to nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from instil.conversation import Conversation, Message, Record, Source
+    from instil.data import read
+    from instil.errors import (
+        DataError,
+        InstilError,
+        PackingError,
+        RowProblem,
+        TemplateError,
+        TokenizerError,
+        UsageError,
+    )
+    from instil.packing import PackedBatch, TokenTree, pack
+    from instil.prompt import Exchange, exchanges
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Conversation",
+    "DataError",
+    "Exchange",
+    "InstilError",
+    "Message",
+    "PackedBatch",
+    "PackingError",
+    "Record",
+    "RowProblem",
+    "Source",
+    "TemplateError",
+    "TokenTree",
+    "TokenizerError",
+    "UsageError",
+    "exchanges",
+    "pack",
+    "read",
+]
+
+_HOMES = {
+    "instil.conversation": ("Conversation", "Message", "Record", "Source"),
+    "instil.data": ("read",),
+    "instil.errors": (
+        "DataError",
+        "InstilError",
+        "PackingError",
+        "RowProblem",
+        "TemplateError",
+        "TokenizerError",
+        "UsageError",
+    ),
+    "instil.packing": ("PackedBatch", "TokenTree", "pack"),
+    "instil.prompt": ("Exchange", "exchanges"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,351 @@
+"""Data of any known kind and shape to Records, one at a time, with an account of everything met on the way."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import tempfile
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Literal, cast
+
+from instil.conversation import Record
+from instil.data.files import DataFile, LocalFile, RawRow
+from instil.data.row import Row
+from instil.data.shapes import (
+    OBJECTIVES,
+    SHAPES,
+    Objective,
+    build,
+    check_format,
+    known_columns,
+    missing_columns,
+    recognize,
+    unknown_shape,
+)
+from instil.data.sources import find
+from instil.errors import DataError, RowProblem, UsageError, nearest
+
+OnBadRow = Literal["error", "skip"]
+PEEK_ROWS = 100
+
+
+@dataclass(slots=True)
+class Report:
+    """What was met while reading. Filled as the records are iterated.
+
+    Args:
+        rows: Rows met, good and bad.
+        records: Rows that became records.
+        rejected: Rows that did not.
+        shapes: Records of each shape.
+        files: Records of each shape in each file.
+        unused_columns: Columns that no shape used, and in how many records; `messages[].id` for a message's key.
+        problems: Everything wrong with the rejected rows.
+        notes: What is worth knowing and no error, and how often.
+    """
+
+    rows: int = 0
+    records: int = 0
+    rejected: int = 0
+    shapes: Counter[str] = field(default_factory=Counter)
+    files: dict[str, Counter[str]] = field(default_factory=dict)
+    unused_columns: Counter[str] = field(default_factory=Counter)
+    problems: list[RowProblem] = field(default_factory=list)
+    notes: Counter[str] = field(default_factory=Counter)
+
+    def note(self, text: str) -> None:
+        """Counts a note."""
+        self.notes[text] += 1
+
+
+def read(
+    data: str | Path | Sequence[str | Path],
+    *,
+    format: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    objective: str | None = None,
+    on_bad_row: str = "error",
+    rejects: str | Path | None = None,
+) -> Records:
+    """Reads rows of any known shape as Records.
+
+    Args:
+        data: A file, a folder, a glob, `-` for standard input, `hf://owner/name:split`, or a list of these.
+        format: The shape of every row; None recognizes each by its columns.
+        columns: Columns to rename before anything else: the name a shape knows to the name in the data.
+        objective: What the records are for (`supervised`, `preference`, `pretrain`): decides where a row has two
+            readings.
+        on_bad_row: `error` reads to the end and then raises with every bad row, yielding nothing behind the first;
+            `skip` leaves bad rows out.
+        rejects: A JSONL file that takes each skipped row whole with its problems, written when all is read.
+
+    Returns:
+        The records, which can be iterated again and again.
+
+    Raises:
+        UsageError: An argument that cannot be.
+        DataError: Data that does not exist, holds no rows, or none of a known shape.
+    """
+    check_format(format)
+    if objective is not None and objective not in OBJECTIVES:
+        raise UsageError(f"--objective {objective}: there is no such objective of data", nearest(objective, OBJECTIVES))
+    if on_bad_row not in ("error", "skip"):
+        raise UsageError(f"--on-bad-row {on_bad_row}: there is no such way", nearest(on_bad_row, ("error", "skip")))
+    for name in columns or {}:
+        if name not in known_columns():
+            raise UsageError(f"--columns {name}=…: no shape has a column {name!r}", nearest(name, known_columns()))
+    plan = _Plan(format, dict(columns or {}), objective)
+    return Records(find(data), plan, cast(OnBadRow, on_bad_row), _rejects_path(rejects, on_bad_row))
+
+
+def _rejects_path(rejects: str | Path | None, on_bad_row: str) -> Path | None:
+    if rejects is None:
+        return None
+    if on_bad_row != "skip":
+        raise UsageError(
+            f"--rejects {rejects}: rows are rejected only where bad ones are skipped", "add --on-bad-row skip"
+        )
+    path = Path(rejects)
+    if path.is_dir() or not path.parent.is_dir():
+        reason = "is a folder" if path.is_dir() else f"the folder {path.parent} does not exist"
+        raise UsageError(f"--rejects {rejects}: {reason}", "name a file in a folder that exists")
+    return path
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """How rows are to be understood."""
+
+    format: str | None
+    columns: Mapping[str, str]
+    objective: Objective | None
+
+    def renamed(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The row with its columns under the names that shapes know."""
+        if not self.columns:
+            return values
+        present = {ours: theirs for ours, theirs in self.columns.items() if theirs in values}
+        gone = set(present) | set(present.values())
+        kept = {name: value for name, value in values.items() if name not in gone}
+        return {ours: values[theirs] for ours, theirs in present.items()} | kept
+
+    def shape_of(self, values: Mapping[str, Any]) -> str | None:
+        """The shape of a row by itself, or None."""
+        if self.format is not None:
+            return None if missing_columns(values, self.format) else self.format
+        return recognize(values, self.objective)
+
+
+@dataclass(frozen=True, slots=True)
+class _Survey:
+    """What the first rows of a file are like: the shapes with answers among them, and every column."""
+
+    answered: tuple[str, ...]
+    columns: frozenset[str]
+    problem: RowProblem | None = None
+
+
+def _survey(file: DataFile, plan: _Plan) -> _Survey:
+    """Looks at the first rows of a file, and on until one has a known shape."""
+    shapes: Counter[str] = Counter()
+    columns: set[str] = set()
+    strange: Mapping[str, Any] | None = None
+    met = 0
+    with closing(cast(Any, file.rows(lambda text: None))) as rows:
+        for met, raw in enumerate(rows, 1):
+            if raw.values is not None:
+                columns |= raw.values.keys()
+                values = plan.renamed(raw.values)
+                shape = plan.shape_of(values)
+                if shape is None:
+                    strange = values if strange is None else strange
+                else:
+                    shapes[shape] += 1
+            if met >= PEEK_ROWS and (shapes or strange is None):
+                break
+    problem = None
+    if not met:
+        problem = RowProblem(file.path, "", "holds no rows", "leave the file out")
+    elif not shapes and strange is not None:
+        problem = _strange_file(file, strange, plan, alone=met == 1)
+    answered = tuple(shape for shape, _ in shapes.most_common() if shape != "prompt")
+    return _Survey(answered, frozenset(columns), problem)
+
+
+def _strange_file(file: DataFile, values: Mapping[str, Any], plan: _Plan, alone: bool) -> RowProblem:
+    """The problem of a file in which no row has a known shape; `values` is its first row, perhaps its only one."""
+    inside = [
+        name
+        for name, value in values.items()
+        if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value)
+    ]
+    if alone and len(inside) == 1 and plan.format is None:
+        remedy = f"its rows may stand in {inside[0]!r}: `jq -c '.{inside[0]}[]' {file.path}` takes them out"
+        return RowProblem(file.path, "", f"no row has a known shape; the first: {unknown_shape(values)[0]}", remedy)
+    if plan.format is None:
+        reason, remedy = unknown_shape(values)
+        return RowProblem(file.path, "", f"no row has a known shape; the first: {reason}", remedy)
+    lacking = missing_columns(values, plan.format)
+    reason = f"no row has what --format {plan.format} needs; the first lacks {', '.join(map(repr, lacking))}"
+    remedy = f"{nearest(lacking[0], values)} --columns {lacking[0]}=<theirs> renames one"
+    return RowProblem(file.path, "", reason, remedy)
+
+
+class Records:
+    """The records of some data: iterable, from the start each time, in constant memory.
+
+    `report` tells of the iteration under way or the last one.
+    """
+
+    def __init__(self, files: Sequence[DataFile], plan: _Plan, on_bad_row: OnBadRow, rejects: Path | None) -> None:
+        for file in files:
+            if isinstance(file, LocalFile) and file.temporary:
+                weakref.finalize(self, _remove, file.file)
+        self.report = Report()
+        self._plan = plan
+        self._on_bad_row = on_bad_row
+        self._rejects = rejects
+        _check_rejects(rejects, files)
+        self._files = [(file, _survey(file, plan)) for file in files]
+        problems = [survey.problem for _, survey in self._files if survey.problem]
+        if problems:
+            raise DataError("the data cannot be read", problems=problems)
+        seen = frozenset[str]().union(*(survey.columns for _, survey in self._files))
+        for ours, theirs in plan.columns.items():
+            if seen and theirs not in seen:
+                raise UsageError(f"--columns {ours}={theirs}: no row has a column {theirs!r}", nearest(theirs, seen))
+
+    def __iter__(self) -> Iterator[Record]:
+        report = self.report = Report()
+        skip = self._on_bad_row == "skip"
+        with _Rejects(self._rejects) as rejects:
+            for file, survey in self._files:
+                counts = report.files.setdefault(file.path, Counter())
+                with closing(cast(Any, file.rows(report.note))) as rows:
+                    for raw in rows:
+                        report.rows += 1
+                        row, record = self._read_row(raw, survey)
+                        if record is None:
+                            report.rejected += 1
+                            report.problems += row.problems
+                            rejects.write(raw, row.problems)
+                            continue
+                        _count(report, counts, row, record)
+                        if skip or not report.problems:
+                            yield record
+        if report.problems and not skip:
+            raise DataError(
+                f"{report.rejected:,} of {report.rows:,} rows cannot be used",
+                "Mend them, or leave them out with --on-bad-row skip (--rejects keeps them in a file).",
+                report.problems,
+            )
+
+    def check(self) -> Report:
+        """Reads everything and keeps nothing but the report.
+
+        Raises:
+            DataError: Bad rows, all of them, unless they are skipped.
+        """
+        for _ in self:
+            pass
+        return self.report
+
+    def _read_row(self, raw: RawRow, survey: _Survey) -> tuple[Row, Record | None]:
+        if raw.values is None:
+            row = Row(raw.source, {})
+            row.bad("", raw.reason, raw.remedy)
+            return row, None
+        row = Row(raw.source, self._plan.renamed(raw.values))
+        for ours, theirs in self._plan.columns.items():
+            if theirs not in raw.values:
+                row.bad(theirs, f"is missing, which stands for {ours!r}", nearest(theirs, raw.values))
+        if row.problems:
+            return row, None
+        shape = self._plan.format or _shape_among(row.values, survey, self._plan.objective)
+        if shape is None:
+            row.bad("", *unknown_shape(row.values))
+            return row, None
+        return row, build(row, shape, self._plan.objective)
+
+
+def _shape_among(values: Mapping[str, Any], survey: _Survey, objective: Objective | None) -> str | None:
+    """The row's shape. In a file that has answers, a row without one is of the file's shape, and lacks its answer."""
+    shape = recognize(values, objective)
+    if shape not in (None, "prompt") or not survey.answered:
+        return shape
+    fitting = {
+        name: sum(any(column in values for column in group) for group in SHAPES[name].needs) for name in survey.answered
+    }
+    best = max(fitting, key=fitting.__getitem__)
+    return best if shape == "prompt" or fitting[best] else None
+
+
+def _count(report: Report, counts: Counter[str], row: Row, record: Record) -> None:
+    report.records += 1
+    report.shapes[record.shape] += 1
+    counts[record.shape] += 1
+    if record.extra or row.unused:
+        report.unused_columns.update(record.extra.keys() | row.unused)
+    for note in row.notes:
+        report.note(note)
+
+
+def _check_rejects(rejects: Path | None, files: Sequence[DataFile]) -> None:
+    for file in files:
+        if rejects is not None and isinstance(file, LocalFile) and file.file.resolve() == rejects.resolve():
+            raise UsageError(f"--rejects {rejects}: the file is part of the data", "name another file")
+
+
+class _Rejects:
+    """Takes rejected rows into a file that appears whole, once all is read; or nowhere, without a path."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._file: IO[str] | None = None
+
+    def __enter__(self) -> _Rejects:
+        if self._path is not None:
+            self._file = tempfile.NamedTemporaryFile(
+                "w", encoding="utf-8", newline="\n", dir=self._path.parent, prefix=f".{self._path.name}.", delete=False
+            )
+        return self
+
+    def write(self, raw: RawRow, problems: Sequence[RowProblem]) -> None:
+        """Adds a row with its problems."""
+        if self._file is None:
+            return
+        said = [{"field": each.field, "reason": each.reason, "remedy": each.remedy} for each in problems]
+        row = raw.raw if raw.values is None else raw.values
+        if isinstance(row, bytes):
+            row = {"base64": base64.b64encode(row).decode()}
+        entry = {"source": str(raw.source), "problems": said, "row": row}
+        line = json.dumps(entry, ensure_ascii=False, default=str)
+        try:
+            self._file.write(line + "\n")
+        except UnicodeEncodeError:
+            self._file.write(json.dumps(entry, default=str) + "\n")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is None or self._path is None:
+            return
+        self._file.close()
+        if error is None:
+            os.chmod(self._file.name, 0o644)
+            os.replace(self._file.name, self._path)
+        else:
+            _remove(Path(self._file.name))
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()

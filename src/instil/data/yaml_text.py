@@ -1,0 +1,122 @@
+"""A YAML list of rows, one by one, each with its line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, BinaryIO
+
+import yaml
+from yaml.composer import Composer
+from yaml.constructor import SafeConstructor
+from yaml.resolver import Resolver
+
+from instil.data.strict_json import lone_surrogate
+
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+# Aliases can make a small file unfold into more than any memory holds.
+MAX_VALUES = 1_000_000
+
+
+class _RowLoader(Composer, SafeConstructor, Resolver):
+    """Composes and constructs one row at a time, from the events of libyaml's fast parser."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        events = _Loader(stream)
+        self.check_event = events.check_event
+        self.peek_event = events.peek_event
+        self.get_event = events.get_event
+        Composer.__init__(self)
+        SafeConstructor.__init__(self)
+        Resolver.__init__(self)
+
+
+def read_values(stream: BinaryIO) -> Iterator[tuple[int, Any, str]]:
+    """Each element of the list: its line, its value, and why it cannot be a row, or ""."""
+    line = 1
+    try:
+        loader = _RowLoader(stream)
+        while loader.check_event(yaml.StreamStartEvent, yaml.DocumentStartEvent):
+            loader.get_event()
+        if loader.check_event(yaml.StreamEndEvent):
+            return
+        start = loader.get_event()
+        line = start.start_mark.line + 1
+        if not isinstance(start, yaml.SequenceStartEvent):
+            yield line, None, "the file must be a list of rows, each with its columns"
+            return
+        while not loader.check_event(yaml.SequenceEndEvent):
+            line = loader.peek_event().start_mark.line + 1
+            yield line, *_read_value(loader)
+        loader.get_event()
+        loader.get_event()
+        if not loader.check_event(yaml.StreamEndEvent):
+            yield loader.peek_event().start_mark.line + 1, None, "a second document follows; a file holds one list"
+    except (yaml.YAMLError, RecursionError) as error:
+        yield (
+            _error_line(error, line),
+            None,
+            f"malformed YAML: {_explained(error)}; the rest of the file cannot be read",
+        )
+
+
+def _read_value(loader: _RowLoader) -> tuple[Any, str]:
+    node = loader.compose_node(None, 0)
+    twice = _repeated_key(node)
+    if twice:
+        return None, f"the key {twice!r} stands twice in one object"
+    try:
+        value = loader.construct_document(node)
+    except (yaml.YAMLError, ValueError) as error:
+        return None, f"malformed YAML: {_explained(error)}"
+    return value, _fault(value)
+
+
+def _repeated_key(node: Any) -> str:
+    seen: set[int] = set()
+    waiting = [node]
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+        elif isinstance(node, yaml.MappingNode):
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if len(set(keys)) != len(keys):
+                return str(next(key for key in keys if keys.count(key) > 1))[:60]
+            waiting += [value for _, value in node.value]
+    return ""
+
+
+def _fault(value: Any) -> str:
+    """What JSON could not hold in the value, or ""."""
+    waiting, count = [value], 0
+    while waiting:
+        item = waiting.pop()
+        count += 1
+        if count > MAX_VALUES:
+            return f"unfolds into more than {MAX_VALUES:,} values"
+        if isinstance(item, Mapping):
+            odd = next((key for key in item if not isinstance(key, str)), None)
+            if odd is not None:
+                return f"a column's name must be a string, and is {odd!r}; quote it"
+            waiting += item.values()
+        elif isinstance(item, list):
+            waiting += item
+        elif isinstance(item, float) and not math.isfinite(item):
+            return f"the number {item} is not finite"
+    half = lone_surrogate(value)
+    return f"\\u{ord(half):04x} is half of a surrogate pair and no character" if half else ""
+
+
+def _error_line(error: Exception, line: int) -> int:
+    mark = getattr(error, "problem_mark", None)
+    return line if mark is None else int(mark.line) + 1
+
+
+def _explained(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return str(getattr(error, "problem", None) or getattr(error, "reason", None) or error)

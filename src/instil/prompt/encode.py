@@ -1,0 +1,368 @@
+"""Records to exchanges of token ids, with the weight of each token in the loss."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from instil.conversation import ROLES, Conversation, Message, Record
+from instil.errors import InstilError, RowProblem, TemplateError
+from instil.prompt.exchange import Boundary, Exchange
+from instil.prompt.options import PromptOptions
+from instil.prompt.render import Renderer, Span, TextExchange
+from instil.prompt.tokenizer import Encoder
+
+Status = Literal["kept", "cut", "dropped", "rejected"]
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedRecord:
+    """A row's exchanges, and what became of it on the way.
+
+    Args:
+        record: The row as it was read.
+        exchanges: In the order of its answers.
+        status: `kept` whole; `cut` (in part too long); `dropped` (nothing to train is left); `rejected` (a bad row).
+        reason: Why, unless it was kept.
+        problems: What is wrong with a rejected row.
+        spelled: The control tokens that its messages spell and that were encoded as plain text.
+        rewritten: Whether a later prompt does not begin with the earlier prompt and its completion.
+        notes: What the template left out in silence.
+        role_tokens: Tokens by whose text they are (`template` for what it adds), when they were asked for.
+        role_trained: Those of them that are trained.
+    """
+
+    record: Record
+    exchanges: tuple[Exchange, ...] = ()
+    status: Status = "kept"
+    reason: str = ""
+    problems: tuple[RowProblem, ...] = ()
+    spelled: tuple[str, ...] = ()
+    rewritten: bool = False
+    notes: tuple[str, ...] = ()
+    role_tokens: Mapping[str, int] = field(default_factory=dict)
+    role_trained: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Draft:
+    """An exchange on its way: the messages it is made of, numbered as in the whole conversation."""
+
+    conversation: Conversation
+    numbers: list[int]
+    turn: int
+    label: str
+    text: TextExchange
+
+
+@dataclass(slots=True)
+class _Row:
+    record: Record
+    drafts: list[list[_Draft]] = field(default_factory=list)
+    problems: list[RowProblem] = field(default_factory=list)
+    reason: str = ""
+
+
+class RecordEncoder:
+    """Encodes records with one template, tokenizer and set of options.
+
+    Args:
+        renderer: The template, bound to its tokenizer.
+        options: What is trained and what is too long.
+        max_length: The most tokens of one exchange; None for no limit.
+        objective: The objective, if it was given: under `supervised`, an answer labelled bad is not trained.
+        count_roles: Whether to count tokens by whose text they are; it costs a rendering more for each exchange.
+    """
+
+    def __init__(
+        self,
+        renderer: Renderer,
+        options: PromptOptions,
+        max_length: int | None = None,
+        objective: str | None = None,
+        *,
+        count_roles: bool = False,
+    ) -> None:
+        self.renderer = renderer
+        self.encoder: Encoder = renderer.encoder
+        self.options = options
+        self.max_length = max_length
+        self.objective = objective
+        self.count_roles = count_roles
+
+    def encode(self, records: Sequence[Record]) -> list[EncodedRecord]:
+        """The records' exchanges, in order. What is wrong with a row stands in its result; nothing is raised."""
+        rows = [self._draft(record) for record in records]
+        self.encoder.remember(self._pieces(rows))
+        return [self._finish(row) for row in rows]
+
+    def _draft(self, record: Record) -> _Row:
+        """The row's exchanges as text."""
+        row = _Row(record)
+        if record.labels == ("bad",) and self.objective == "supervised":
+            row.reason = "its answer is labelled bad"
+            return row
+        try:
+            for conversation, label in zip(record.conversations, record.labels, strict=True):
+                row.drafts.append(self._draft_conversation(record, conversation, label))
+        except TemplateError as error:
+            row.problems.append(RowProblem(str(record.source), "", self._refusal(record, error), error.remedy))
+        if not any(row.drafts) and not row.problems:
+            row.reason = "every answer has weight 0"
+        return row
+
+    def _draft_conversation(self, record: Record, conversation: Conversation, label: str) -> list[_Draft]:
+        numbers = list(range(len(conversation.messages)))
+        if record.kind == "text":
+            return [_Draft(conversation, numbers, 0, label, self.renderer.document(conversation.messages[0]))]
+        if record.kind == "prompt":
+            return [_Draft(conversation, numbers, len(numbers), label, self.renderer.prompt(conversation))]
+        only_last = self.options.train_on == "last" or record.kind in ("preference", "labelled")
+        return [
+            _Draft(conversation, numbers, turn, label, self._text(conversation, turn))
+            for turn in _trained_turns(conversation, only_last)
+        ]
+
+    def _text(self, conversation: Conversation, turn: int) -> TextExchange:
+        answer = conversation.messages[turn]
+        weighed = any(self._prompt_weight(message) for message in conversation.messages[:turn])
+        masked = not self.options.train_reasoning and (answer.reasoning_content or "</think>" in answer.content)
+        if self.count_roles and not (weighed or masked):
+            try:
+                return self.renderer.exchange(conversation, turn, follow=True)
+            except TemplateError:  # only counted: what cannot be followed is then the template's
+                pass
+        return self.renderer.exchange(conversation, turn, follow=bool(weighed or masked))
+
+    def _refusal(self, record: Record, error: TemplateError) -> str:
+        """What is wrong with the row: the template's own words, where it refuses the conversation as a whole."""
+        for conversation in record.conversations:
+            try:
+                messages, tools = self.renderer.wire(conversation)
+                self.renderer.template.render(messages, tools)
+            except TemplateError as own:
+                return own.message
+        return error.message
+
+    def _pieces(self, rows: Iterable[_Row]) -> Iterator[tuple[str, bool]]:
+        """The plain pieces of all the texts, to be encoded in one go."""
+        for row in rows:
+            for draft in (draft for drafts in row.drafts for draft in drafts):
+                text = draft.text
+                whole = (text.completion, _shifted(text)) if text.first_plain else (text.full, text.plain_at)
+                for part, plain_at in ((text.prompt, text.plain_at), whole):
+                    for piece in self.encoder.cut(part, plain_at):
+                        if piece.control is None:
+                            yield piece.text, not piece.start
+
+    def _finish(self, row: _Row) -> EncodedRecord:
+        exchanges: list[Exchange] = []
+        tokens: Counter[str] = Counter()
+        trained_tokens: Counter[str] = Counter()
+        cut: list[str] = []
+        problems = list(row.problems)
+        for drafts in row.drafts if not problems else ():
+            seen: set[int] = set()
+            trained = {draft.turn for draft in drafts}
+            for draft in drafts:
+                try:
+                    exchange, reason, draft = self._fitted(draft, seen | trained)
+                except InstilError as error:
+                    problems.append(RowProblem(str(row.record.source), "", error.message, error.remedy))
+                    continue
+                if reason:
+                    cut.append(reason)
+                if exchange is not None:
+                    exchanges.append(exchange)
+                    seen.update(draft.numbers[: draft.turn])
+                    if self.count_roles:
+                        self._count(draft, exchange, tokens, trained_tokens)
+        if problems:
+            return EncodedRecord(row.record, (), "rejected", problems[0].reason, tuple(problems))
+        spelled, rewritten, notes = self._observed(row)
+        status: Status = "kept" if exchanges and not cut else "cut" if exchanges else "dropped"
+        reason = row.reason or "; ".join(dict.fromkeys(cut))
+        return EncodedRecord(
+            row.record, tuple(exchanges), status, reason, (), spelled, rewritten, notes, tokens, trained_tokens
+        )
+
+    def _count(self, draft: _Draft, exchange: Exchange, tokens: Counter[str], trained: Counter[str]) -> None:
+        places = token_places(self.encoder, draft.text, exchange.boundary)[: len(exchange)]
+        weighed = np.concatenate([exchange.prompt_weights, exchange.completion_weights]) > 0
+        role = np.full(len(places), len(ROLES))
+        role[len(exchange.prompt_ids) :] = ROLES.index("assistant")
+        for span in draft.text.spans:
+            inside = (places[:, 0] >= span.start) & (places[:, 1] <= span.end)
+            role[inside] = ROLES.index(draft.conversation.messages[span.message].role)
+        for number, name in enumerate((*ROLES, "template")):
+            tokens[name] += int((role == number).sum())
+            trained[name] += int(weighed[role == number].sum())
+
+    def _fitted(self, draft: _Draft, seen: set[int]) -> tuple[Exchange | None, str, _Draft]:
+        """The exchange within the length allowed, if there is one, what that took, and the draft it came from."""
+        exchange = self._exchange(draft, seen)
+        limit, policy = self.max_length, self.options.on_too_long
+        if limit is None or len(exchange) <= limit:
+            return exchange, "", draft
+        reason = f"{len(exchange):,} tokens, more than max_length {limit:,}"
+        if policy == "error":
+            raise TemplateError(
+                f"an exchange of {reason}",
+                "Raise --max-length, or choose --on-too-long drop, cut-prompt or cut-completion.",
+            )
+        if policy == "cut-completion" and (room := limit - len(exchange.prompt_ids)) > 0:
+            ids = exchange.completion_ids[:room]
+            text = self.renderer.tokenizer.decode(ids)
+            weights = exchange.completion_weights[:room]
+            shorter = replace(exchange, completion_ids=ids, completion_weights=weights, completion_text=text)
+            return shorter, f"completion cut: {reason}", draft
+        if policy == "cut-prompt":
+            while (rest := _without_oldest_turn(draft)) is not None:
+                draft = replace(rest, text=self._text(rest.conversation, rest.turn))
+                exchange = self._exchange(draft, seen)
+                if len(exchange) <= limit:
+                    return exchange, f"prompt cut: {reason}", draft
+        return None, f"dropped: {reason}", draft
+
+    def _exchange(self, draft: _Draft, seen: set[int]) -> Exchange:
+        text, encoder = draft.text, self.encoder
+        prompt_ids, completion_ids, boundary = encode_seam(encoder, text)
+        weights = np.ones(len(prompt_ids) + len(completion_ids), np.float32)
+        weights[: len(prompt_ids)] = 0.0
+        if draft.turn < len(draft.conversation.messages):
+            answer = draft.conversation.messages[draft.turn]
+            weights[len(prompt_ids) :] = 1.0 if answer.weight is None else answer.weight
+        spans = [] if text.first_plain else self._weighed_spans(draft, seen)
+        if spans:
+            places = token_places(encoder, text, boundary)
+            for span, weight in spans:
+                weights[(places[:, 0] >= span.start) & (places[:, 1] <= span.end) & (places[:, 1] > places[:, 0])] = (
+                    weight
+                )
+        return Exchange(
+            text.prompt,
+            text.completion,
+            np.array(prompt_ids, np.int32),
+            weights[: len(prompt_ids)],
+            np.array(completion_ids, np.int32),
+            weights[len(prompt_ids) :],
+            boundary,
+            draft.label,
+        )
+
+    def _weighed_spans(self, draft: _Draft, seen: set[int]) -> list[tuple[Span, float]]:
+        """Stretches of text whose weight is not that of the part of the exchange they stand in."""
+        weighed = []
+        for span in draft.text.spans:
+            if span.message == draft.turn:
+                if span.reasoning and not self.options.train_reasoning:
+                    weighed.append((span, 0.0))
+            elif span.end <= len(draft.text.prompt) and draft.numbers[span.message] not in seen:
+                weight = self._prompt_weight(draft.conversation.messages[span.message])
+                if weight and (self.options.train_reasoning or not span.reasoning):
+                    weighed.append((span, weight))
+        return weighed
+
+    def _prompt_weight(self, message: Message) -> float:
+        """The weight of a message's text where it stands in a prompt: its own, if it is no answer and has one."""
+        if message.role == "assistant":
+            return self.options.prompt_weight * (1.0 if message.weight is None else message.weight)
+        return self.options.prompt_weight if message.weight is None else message.weight
+
+    def _observed(self, row: _Row) -> tuple[tuple[str, ...], bool, tuple[str, ...]]:
+        """The control tokens spelled, whether history was rewritten, and what the template left out."""
+        spelled: dict[str, None] = {}
+        rewritten = False
+        notes: dict[str, None] = {}
+        for drafts in row.drafts:
+            for before, after in pairwise(drafts):
+                rewritten |= not after.text.prompt.startswith(before.text.full)
+            for draft in drafts:
+                for at in sorted(draft.text.plain_at):
+                    found = self.encoder.pattern.match(draft.text.full, at)
+                    spelled.update({found[0]: None} if found else {})
+            if drafts and not drafts[-1].text.first_plain:
+                notes.update(dict.fromkeys(_left_out(drafts[-1])))
+        return tuple(spelled), rewritten, tuple(notes)
+
+
+def encode_seam(encoder: Encoder, text: TextExchange) -> tuple[list[int], list[int], Boundary]:
+    """The ids of prompt and completion, and how the seam between them was proved.
+
+    Raises:
+        TemplateError: A token would straddle the seam, and the two parts do not decode to the whole.
+    """
+    prompt = encoder.encode(text.prompt, text.plain_at)
+    if text.first_plain:
+        return prompt, encoder.encode(text.completion, _shifted(text)), "special"
+    full = encoder.encode(text.full, text.plain_at)
+    seam = len(text.prompt)
+    if full[: len(prompt)] == prompt:
+        ends = {piece.end for piece in encoder.cut(text.full, text.plain_at)}
+        return prompt, full[len(prompt) :], "special" if seam in ends else "compared"
+    completion = encoder.encode_continuation(text.completion, _shifted(text))
+    decode = encoder.tokenizer.decode
+    if decode(prompt + completion) not in (decode(full), text.full):
+        raise TemplateError(
+            f"a token straddles the end of the prompt ({text.prompt[-20:]!r} + {text.completion[:20]!r}), and the "
+            "two encoded apart do not decode to the same text",
+            "Change the template so that its prompt ends in a special token or in a line break.",
+        )
+    return prompt, completion, "split"
+
+
+def token_places(encoder: Encoder, text: TextExchange, boundary: Boundary) -> NDArray[np.int64]:
+    """Where each token of an exchange stands in its text: (P + C, 2) int64, start and end in characters."""
+    if boundary != "split":
+        return encoder.places(text.full, text.plain_at)
+    completion = encoder.places(text.completion, _shifted(text), continuation=True)
+    return np.concatenate([encoder.places(text.prompt, text.plain_at), completion + len(text.prompt)])
+
+
+def _shifted(text: TextExchange) -> frozenset[int]:
+    return frozenset(at - len(text.prompt) for at in text.plain_at if at >= len(text.prompt))
+
+
+def _trained_turns(conversation: Conversation, only_last: bool) -> list[int]:
+    turns = [i for i, message in enumerate(conversation.messages) if message.role == "assistant"]
+    return [i for i in (turns[-1:] if only_last else turns) if conversation.messages[i].weight != 0]
+
+
+def _without_oldest_turn(draft: _Draft) -> _Draft | None:
+    """The draft less its oldest turn (a user message and all up to the next), if more than one stands before the
+    answer; system messages stay.
+    """
+    messages = draft.conversation.messages
+    users = [i for i in range(draft.turn) if messages[i].role == "user"]
+    if len(users) < 2:
+        return None
+    keep = [i for i in range(len(messages)) if i < users[0] or i >= users[1]]
+    return replace(
+        draft,
+        conversation=replace(draft.conversation, messages=tuple(messages[i] for i in keep)),
+        numbers=[draft.numbers[i] for i in keep],
+        turn=draft.turn - (users[1] - users[0]),
+    )
+
+
+def _left_out(draft: _Draft) -> list[str]:
+    """The texts of the conversation that its last rendering does not hold."""
+    missing = []
+    for number, message in enumerate(draft.conversation.messages[: draft.turn + 1]):
+        texts = [("content", text) for text in message.fields.values() or (message.content,)]
+        if number == draft.turn:
+            texts.append(("reasoning", message.reasoning_content or ""))
+        elif message.role == "assistant":
+            texts = []  # what a template makes of earlier answers is its own affair
+        for what, text in texts:
+            core = text.rpartition("</think>")[2].strip() if what == "content" else text.strip()
+            if core not in draft.text.full and json.dumps(core, ensure_ascii=False)[1:-1] not in draft.text.full:
+                missing.append(f"{message.role} {what}")
+    return missing

@@ -1,0 +1,38 @@
+"""What a person chooses about prompts and the loss mask."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class PromptOptions(BaseModel):
+    """How conversations become exchanges: the template, what is trained, what is too long."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    template: str | None = Field(
+        None, description="Chat template: a built-in name (`instil templates`) or a .jinja file; the tokenizer's own."
+    )
+    template_args: dict[str, Any] = Field(
+        default_factory=dict, description="Arguments of the template, as enable_thinking=false."
+    )
+    train_on: Literal["assistant", "last"] = Field(
+        "assistant", description="Which answers are trained: every assistant turn, or the last one of a conversation."
+    )
+    prompt_weight: float = Field(
+        0.0,
+        ge=0.0,
+        allow_inf_nan=False,
+        description="Weight in the loss of the text of messages in the prompt; 1 is the unmasked loss.",
+    )
+    train_reasoning: bool = Field(True, description="Whether an answer's reasoning is trained.")
+    max_length: int | None = Field(
+        None, ge=2, description="Most tokens of a prompt and its completion; the model's limit, or a batch if smaller."
+    )
+    on_too_long: Literal["error", "drop", "cut-prompt", "cut-completion"] = Field(
+        "drop",
+        description="A longer exchange is an error, is dropped, loses its oldest turns (dropped when there are none to "
+        "lose), or loses the end of its completion, stop token included.",
+    )

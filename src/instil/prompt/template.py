@@ -1,0 +1,169 @@
+"""Chat templates: the tokenizer's own, a built-in one or a file, rendered as transformers renders them when serving."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from instil.errors import TemplateError, UsageError, nearest
+from instil.prompt.tokenizer import Tokenizer
+
+_DECLARATION = re.compile(r"\{#-?\s*(?P<key>description|special_tokens):\s*(?P<value>.*?)\s*-?#\}", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTemplate:
+    """A Jinja chat template, bound to a tokenizer's special tokens and to the arguments it is given.
+
+    Args:
+        name: The built-in name, the file, or `tokenizer`.
+        text: The Jinja source.
+        special_tokens: What the source may name (`bos_token`, `eos_token`, …).
+        arguments: Template arguments (`enable_thinking`, …), as the server will pass them.
+    """
+
+    name: str
+    text: str
+    special_tokens: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = (), *, answer: bool = False
+    ) -> str:
+        """The text of messages in wire form.
+
+        Args:
+            messages: As `Message.to_wire` gives them.
+            tools: The tools on offer.
+            answer: Whether to go on to where the assistant answers (transformers' `add_generation_prompt`).
+
+        Raises:
+            TemplateError: The template refuses the messages or fails on them.
+        """
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            rendered, _ = render_jinja_template(
+                [list(messages)],
+                tools=list(tools) or None,
+                chat_template=self.text,
+                add_generation_prompt=answer,
+                **{**self.special_tokens, **self.arguments},
+            )
+        except Exception as error:
+            raise TemplateError(f"the template {self.name!r} refuses this conversation: {error}") from error
+        return str(rendered[0])
+
+    def spells(self, token: str) -> bool:
+        """Whether the template's source holds this text."""
+        return token in self.text
+
+    def fingerprint(self) -> str:
+        """What decides its renderings, as a hash; the date as well, if the template asks for it."""
+        today = datetime.date.today().isoformat() if "strftime_now" in self.text else ""
+        parts = [self.text, json.dumps([self.special_tokens, self.arguments], sort_keys=True, default=str), today]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Builtin:
+    """A template that ships with Instil: its source, what it says of itself, the special tokens it needs."""
+
+    name: str
+    text: str
+    description: str
+    special_tokens: Mapping[str, str]
+
+
+def builtin_templates() -> dict[str, Builtin]:
+    """The built-in templates by name."""
+    folder = resources.files("instil.prompt") / "templates"
+    found = {}
+    for file in sorted(folder.iterdir(), key=lambda entry: entry.name):
+        if file.name.endswith(".jinja"):
+            text = file.read_text(encoding="utf-8")
+            name = file.name.removesuffix(".jinja")
+            declared = _declarations(text, name)
+            found[name] = Builtin(name, text, declared.get("description", ""), declared.get("special_tokens", {}))
+    return found
+
+
+def load_template(
+    choice: str | Path | None, tokenizer: Tokenizer, arguments: Mapping[str, Any] | None = None
+) -> ChatTemplate:
+    """The template to render with; the special tokens it declares are reserved in the tokenizer.
+
+    Args:
+        choice: A built-in name, a `.jinja` file, or None for the tokenizer's own.
+        tokenizer: Gets the declared special tokens that it lacks.
+        arguments: Template arguments.
+
+    Raises:
+        UsageError: No built-in template and no file has this name.
+        TemplateError: The tokenizer has no template of its own, or the source is no Jinja template.
+    """
+    known = builtin_templates()
+    if choice is None:
+        if not tokenizer.chat_template:
+            raise TemplateError(
+                f"{tokenizer.name}: this tokenizer has no chat template of its own",
+                f"Choose one with --template: {', '.join(known)}, or a .jinja file.",
+            )
+        name, text = "tokenizer", tokenizer.chat_template
+    elif str(choice) in known:
+        name, text = str(choice), known[str(choice)].text
+        if tokenizer.bos_token is not None:
+            text = "{{ bos_token }}" + text
+    else:
+        name, text = str(choice), _read_file(Path(choice), known)
+    tokenizer.add_special_tokens(_declarations(text, name).get("special_tokens", {}))
+    template = ChatTemplate(name, text, tokenizer.special_tokens, dict(arguments or {}))
+    _check_syntax(template)
+    return template
+
+
+def _read_file(path: Path, known: Mapping[str, Builtin]) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--template {path}: not UTF-8 text: {error}", "Save the template as UTF-8.") from error
+    except OSError as error:
+        hint = nearest(path.name, known)
+        raise UsageError(
+            f"--template {path}: no built-in template and no readable file", f"Of the built-in ones: {hint}"
+        ) from error
+
+
+def _declarations(text: str, name: str) -> dict[str, Any]:
+    """What the comments of a template's source declare: `description`, `special_tokens` (a JSON object or list)."""
+    declared: dict[str, Any] = {match["key"]: match["value"] for match in _DECLARATION.finditer(text)}
+    if "special_tokens" in declared:
+        try:
+            tokens = json.loads(declared["special_tokens"])
+        except json.JSONDecodeError as error:
+            raise TemplateError(
+                f"{name}: the comment special_tokens is not JSON: {error}",
+                'Write it as {#- special_tokens: {"<|token|>": "what it means"} -#}.',
+            ) from error
+        declared["special_tokens"] = tokens if isinstance(tokens, dict) else dict.fromkeys(tokens, "")
+    return declared
+
+
+def _check_syntax(template: ChatTemplate) -> None:
+    import jinja2
+
+    try:
+        template.render([{"role": "user", "content": "a"}], answer=True)
+    except TemplateError as error:
+        cause = error.__cause__
+        if isinstance(cause, jinja2.TemplateSyntaxError):
+            raise TemplateError(
+                f"{template.name}:{cause.lineno}: not a Jinja template: {cause.message}", "Mend the template."
+            ) from error

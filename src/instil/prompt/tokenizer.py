@@ -1,0 +1,351 @@
+"""The tokenizer: loaded without torch, cut at control tokens, each stretch of plain text encoded once.
+
+A fast tokenizer cuts its added tokens out of a text before anything else and encodes the stretches between them
+independently. `Tokenizer` makes that explicit: it cuts the text itself, so it knows which stretch came from whom, can
+keep text that merely spells a control token plain, and encodes a stretch that returns only once.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
+
+from instil.errors import TokenizerError
+
+_ANCHOR = "\U0010fffdinstil\U0010fffd"  # cut out of the text like any added token, so what follows is no longer first
+_MEMO_LIMIT = 100_000
+_NO_LIMIT = 1e9  # tokenizers that know no limit state an enormous one
+
+Places = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A stretch of text between two cuts: a control token with its id, or plain text (`control` is None)."""
+
+    text: str
+    start: int
+    end: int
+    control: int | None
+
+
+class Tokenizer:
+    """A fast tokenizer and the tokens that steer it.
+
+    Args:
+        backend: The tokenizer of the `tokenizers` library.
+        special_tokens: What a chat template may name (`bos_token`, `eos_token`, …).
+        chat_template: The tokenizer's own template; None if it has none.
+        max_length: The most tokens that the model beside it takes, or else the tokenizer's own limit; None if neither
+            states one.
+        name: Where it came from, for messages.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        special_tokens: Mapping[str, Any],
+        chat_template: str | None = None,
+        max_length: int | None = None,
+        name: str = "tokenizer",
+    ) -> None:
+        self.backend = backend
+        self.special_tokens = dict(special_tokens)
+        self.chat_template = chat_template
+        self.max_length = max_length
+        self.name = name
+        self.added: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return int(self.backend.get_vocab_size(with_added_tokens=True))
+
+    @property
+    def eos_token(self) -> str | None:
+        """The end-of-sequence token, if there is one."""
+        return self.special_tokens.get("eos_token")
+
+    @property
+    def bos_token(self) -> str | None:
+        """The token that begins a text, exactly when the tokenizer itself adds it to one."""
+        bos = self.special_tokens.get("bos_token")
+        if bos is None:
+            return None
+        ids = self.backend.encode("a", add_special_tokens=True).ids
+        return bos if ids and ids[0] == self.backend.token_to_id(bos) else None
+
+    def add_special_tokens(self, tokens: Iterable[str]) -> None:
+        """Reserve an id, never split, for each token that has none. Those added are listed in `added`."""
+        known = {token.content for token in self.backend.get_added_tokens_decoder().values()}
+        new = [token for token in tokens if token not in known]
+        self.backend.add_special_tokens([tokenizers.AddedToken(t, special=True, normalized=False) for t in new])
+        self.added += tuple(new)
+
+    def decode(self, ids: Sequence[int] | NDArray[np.int32]) -> str:
+        """The text of token ids, special tokens included, white space as it is."""
+        return str(self.backend.decode([int(i) for i in ids], skip_special_tokens=False))
+
+    def fingerprint(self) -> str:
+        """What decides how it encodes, as JSON text: the tokenizer itself and its named special tokens."""
+        return str(self.backend.to_str()) + json.dumps(self.special_tokens, sort_keys=True)
+
+
+def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Tokenizer:
+    """Load a tokenizer from a folder or from the hub, without torch.
+
+    Raises:
+        TokenizerError: There is none, or it is of a kind that cannot be cut exactly.
+    """
+    if trust_remote_code:
+        from transformers import AutoTokenizer as Loader
+    else:
+        from transformers import PreTrainedTokenizerFast as Loader
+
+    folder = Path(path)
+    if folder.is_dir() and not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        found = ", ".join(sorted(child.name for child in folder.iterdir())[:8]) or "nothing"
+        raise TokenizerError(
+            f"{folder}: no tokenizer.json in this folder (it holds {found})",
+            "Give the folder of a model or tokenizer in Hugging Face format.",
+        )
+    if not folder.exists() and str(path).startswith((".", "/", "~")):
+        raise TokenizerError(f"{path}: no such folder", "Check the path.")
+    try:
+        loaded = Loader.from_pretrained(str(path), **({"trust_remote_code": True} if trust_remote_code else {}))
+    except Exception as error:
+        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise TokenizerError(
+            f"{path}: the tokenizer cannot be loaded: {cause}",
+            "Give a folder with a tokenizer.json, or the name of a repository on the hub that you can reach.",
+        ) from error
+    return from_transformers(loaded, str(path))
+
+
+def from_transformers(loaded: Any, name: str = "") -> Tokenizer:
+    """Take over a tokenizer of transformers; it must be a fast one (`backend_tokenizer`)."""
+    backend = getattr(loaded, "backend_tokenizer", None)
+    if not isinstance(backend, tokenizers.Tokenizer):
+        raise TokenizerError(
+            f"{name or type(loaded).__name__}: not a fast tokenizer (it has no tokenizer.json)",
+            "Convert it with `AutoTokenizer.from_pretrained(…).save_pretrained(…)` in an environment that can.",
+        )
+    template = loaded.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    limit = _model_limit(Path(name)) or loaded.model_max_length
+    return Tokenizer(
+        tokenizers.Tokenizer.from_str(backend.to_str()),
+        dict(loaded.special_tokens_map),
+        template,
+        int(limit) if limit is not None and limit < _NO_LIMIT else None,
+        name or str(loaded.name_or_path),
+    )
+
+
+def _model_limit(folder: Path) -> int | None:
+    """The most positions that the model in this folder takes, read from its `config.json`, if there is one."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    config = config.get("text_config", config)
+    limits = (config.get(key) for key in ("max_position_embeddings", "n_positions", "n_ctx", "seq_length"))
+    return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
+
+
+class Encoder:
+    """Encodes rendered text piece by piece; equal to the tokenizer on the whole text.
+
+    Args:
+        tokenizer: The tokenizer, with every token the template needs already reserved.
+        control_tokens: The tokens to cut at: those that steer the model, never mere vocabulary.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, control_tokens: Iterable[str]) -> None:
+        self.tokenizer = tokenizer
+        state = json.loads(tokenizer.backend.to_str())
+        added = {token["content"]: token for token in state["added_tokens"]}
+        self.controls: dict[str, int] = {
+            name: added[name]["id"]
+            for name in control_tokens
+            if name in added and _exact_cut(added[name], tokenizer.backend, state)
+        }
+        self.pattern = _cut_pattern(added, self.controls)
+        self._swallows = {name: (added[name]["lstrip"], added[name]["rstrip"]) for name in self.controls}
+        self._plain = _plain_tokenizer(state, self.controls)
+        self._continuing = _plain_tokenizer(_without_dummy_prefix(state), self.controls)
+        self._first_differs = _first_differs(state)
+        self._memo: dict[tuple[str, bool], list[int]] = {}
+
+    def cut(self, text: str, plain_at: frozenset[int] = frozenset()) -> list[Piece]:
+        """The text cut at its control tokens, in order and without gaps.
+
+        Args:
+            text: What the template rendered.
+            plain_at: Where a control token is only spelled, in characters: no cut there.
+        """
+        pieces, at, found = [], 0, self.pattern.search(text)
+        while found:
+            name, (start, end) = found[0], found.span()
+            if start in plain_at:
+                end = start + 1
+            elif name in self.controls:
+                left, right = self._swallows[name]
+                if left:
+                    start = max(at, len(text[at:start].rstrip()) + at)
+                if right:
+                    end += len(text) - end - len(text[end:].lstrip())
+                if start > at:
+                    pieces.append(Piece(text[at:start], at, start, None))
+                pieces.append(Piece(text[start:end], start, end, self.controls[name]))
+                at = end
+            found = self.pattern.search(text, end)
+        if at < len(text):
+            pieces.append(Piece(text[at:], at, len(text), None))
+        return pieces
+
+    def remember(self, pieces: Iterable[tuple[str, bool]]) -> None:
+        """Encode plain pieces, given as (text, whether it begins the text), in one batch of the library."""
+        if len(self._memo) > _MEMO_LIMIT:
+            self._memo.clear()
+        new = [key for key in dict.fromkeys(map(self._key, pieces)) if key not in self._memo]
+        encodings = self._plain.encode_batch_fast(
+            [text if first else _ANCHOR + text for text, first in new], add_special_tokens=False
+        )
+        for key, encoding in zip(new, encodings, strict=True):
+            self._memo[key] = self._kept_plain(key[0], encoding.ids if key[1] else encoding.ids[1:])
+
+    def encode_plain(self, text: str, *, first: bool) -> list[int]:
+        """The ids of a plain piece. The list is shared: do not change it."""
+        key = self._key((text, first))
+        if key not in self._memo:
+            self.remember([key])
+        return self._memo[key]
+
+    def encode(self, text: str, plain_at: frozenset[int] = frozenset()) -> list[int]:
+        """The ids of a whole text, cut as `cut` does."""
+        ids: list[int] = []
+        for piece in self.cut(text, plain_at):
+            if piece.control is not None:
+                ids.append(piece.control)
+            else:
+                ids += self.encode_plain(piece.text, first=not piece.start)
+        return ids
+
+    def encode_continuation(self, text: str, plain_at: frozenset[int] = frozenset()) -> list[int]:
+        """The ids of a text that goes on after other text: no dummy prefix is put before it."""
+        ids: list[int] = []
+        for piece in self.cut(text, plain_at):
+            if piece.control is not None:
+                ids.append(piece.control)
+            elif piece.start:
+                ids += self.encode_plain(piece.text, first=False)
+            else:
+                ids += self._continued(piece.text)
+        return ids
+
+    def places(self, text: str, plain_at: frozenset[int] = frozenset(), *, continuation: bool = False) -> Places:
+        """Where each token of a whole text stands in it: (tokens, 2) int64, start and end in characters."""
+        places = [np.empty((0, 2), np.int64)]
+        for piece in self.cut(text, plain_at):
+            if piece.control is not None:
+                places.append(np.array([[piece.start, piece.end]]))
+                continue
+            begins = not piece.start
+            backend = self._continuing if begins and continuation else self._plain
+            skip = len(_ANCHOR) if self._first_differs and not (begins and not continuation) else 0
+            found = backend.encode(_ANCHOR[:skip] + piece.text, add_special_tokens=False).offsets
+            places.append(np.asarray(found[bool(skip) :], np.int64).reshape(-1, 2) + (piece.start - skip))
+        return np.concatenate(places)
+
+    def spelled(self, text: str) -> list[str]:
+        """The control tokens whose spelling stands in the text, in order."""
+        return [found for found in self.pattern.findall(text) if found in self.controls]
+
+    def _key(self, piece: tuple[str, bool]) -> tuple[str, bool]:
+        return piece if self._first_differs else (piece[0], True)
+
+    def _continued(self, text: str) -> list[int]:
+        return self._kept_plain(text, self._continuing.encode(_ANCHOR + text, add_special_tokens=False).ids[1:])
+
+    def _kept_plain(self, text: str, ids: list[int]) -> list[int]:
+        """The ids of plain text, with what it spells broken where the vocabulary itself makes a control token of it."""
+        for name in self.spelled(text):
+            if self.controls[name] in ids:
+                middle = text.index(name) + 1
+                head = self._plain.encode(text[:middle], add_special_tokens=False).ids
+                return head + self._continued(text[middle:])
+        return ids
+
+
+def _cut_pattern(added: Mapping[str, Mapping[str, Any]], controls: Mapping[str, int]) -> re.Pattern[str]:
+    """All added tokens that are looked for in raw text, the longest first."""
+    names = (name for name, token in added.items() if name in controls or not token["normalized"])
+    return re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or r"(?!)")
+
+
+def _exact_cut(token: Mapping[str, Any], backend: tokenizers.Tokenizer, state: Mapping[str, Any]) -> bool:
+    """Whether the library cuts at this token wherever its characters stand, and encodes what is left apart."""
+    if token["single_word"] or not token["content"].strip():
+        return False
+    if not token["normalized"] or state["normalizer"] is None:
+        return True
+    normalizer: Any = backend.normalizer
+    moved = _mentions(state["normalizer"], "Prepend") or _mentions(state["normalizer"], "Strip")
+    return not moved and normalizer.normalize_str(token["content"]) == token["content"]
+
+
+def _plain_tokenizer(state: Mapping[str, Any], controls: Mapping[str, int]) -> tokenizers.Tokenizer:
+    """The tokenizer as it encodes plain text: blind to the control tokens, to BOS and to truncation."""
+    added = [{**token, "special": token["content"] in controls} for token in state["added_tokens"]]
+    changed = {**state, "added_tokens": added, "post_processor": None, "truncation": None, "padding": None}
+    plain = tokenizers.Tokenizer.from_str(json.dumps(changed))
+    plain.add_tokens([tokenizers.AddedToken(_ANCHOR, normalized=False, special=False)])
+    plain.encode_special_tokens = True
+    return plain
+
+
+def _without_dummy_prefix(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The tokenizer's state with nothing that puts a space before a text.
+
+    Where white space is thrown away before the words are marked (T5), the mark is no dummy and stays.
+    """
+    if _mentions(state["pre_tokenizer"], "WhitespaceSplit"):
+        return dict(state)
+
+    def change(node: Any) -> Any:
+        if isinstance(node, list):
+            return [change(item) for item in node if not (isinstance(item, dict) and item.get("type") == "Prepend")]
+        if not isinstance(node, dict):
+            return node
+        node = {key: change(value) for key, value in node.items()}
+        if node.get("type") == "Metaspace":
+            node["prepend_scheme"] = "never"
+        if node.get("type") == "ByteLevel":
+            node["add_prefix_space"] = False
+        return node
+
+    normalizer = state["normalizer"]
+    if normalizer and normalizer.get("type") == "Prepend":
+        normalizer = None
+    return {**state, "normalizer": change(normalizer), "pre_tokenizer": change(state["pre_tokenizer"])}
+
+
+def _first_differs(state: Mapping[str, Any]) -> bool:
+    """Whether text is encoded otherwise at the very beginning than after a control token."""
+    return _mentions(state["pre_tokenizer"], "first")
+
+
+def _mentions(node: Any, value: str) -> bool:
+    if isinstance(node, dict):
+        return any(_mentions(item, value) for item in node.values())
+    if isinstance(node, list):
+        return any(_mentions(item, value) for item in node)
+    return bool(node == value)

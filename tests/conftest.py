@@ -1,0 +1,9 @@
+"""Property tests draw the same examples in every run, unless HYPOTHESIS_PROFILE says `explore`."""
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("suite", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("explore", deadline=None, print_blob=True, max_examples=1000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
