@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from instil.packing import TokenTree, deal, pack
-from instil.packing.pack import Sharing
+from instil.packing.packs import Sharing
 from instil.prompt.exchange import Exchange
 
 BUDGET = 8192

@@ -1,11 +1,11 @@
 """Every error a user can meet. Each says the value, where it stands, why it cannot be, and the remedy.
 
-    InstilError             anything below; the command prints it without a traceback and exits with 2
-    ├── UsageError          a flag, a configuration key or an argument
-    ├── DataError           rows that cannot be read or used; carries all of them
-    ├── TokenizerError      a tokenizer that cannot be loaded or lacks what is needed
-    ├── TemplateError       a chat template, or a conversation it does not fit
-    └── PackingError        rows that fit no batch
+InstilError             anything below; the command prints it without a traceback and exits with 2
+├── UsageError          a flag, a configuration key or an argument
+├── DataError           rows that cannot be read or used; carries all of them
+├── TokenizerError      a tokenizer that cannot be loaded or lacks what is needed
+├── TemplateError       a chat template, or a conversation it does not fit
+└── PackingError        rows that fit no batch
 """
 
 from __future__ import annotations

@@ -46,7 +46,12 @@ CORPUS = {
     "not UTF-8": (".jsonl", GOOD + b'{"output": "\xff"}\n' + GOOD, 2, [(2, "", "byte 0xff at offset 51 of the file")]),
     "UTF-16": (".jsonl", '{"text": "x"}\n'.encode("utf-16"), 0, [(1, "", "byte 0xff at offset 0"), (2, "", "")]),
     "byte order mark": (".jsonl", b'\xef\xbb\xbf{"text": "x"}\n', ["x"], []),
-    "mark, then not UTF-8": (".jsonl", b'\xef\xbb\xbf{"text": "\xff"}\n{"text": "x"}\n', ["x"], [(1, "", "offset 13 of")]),
+    "mark, then not UTF-8": (
+        ".jsonl",
+        b'\xef\xbb\xbf{"text": "\xff"}\n{"text": "x"}\n',
+        ["x"],
+        [(1, "", "offset 13")],
+    ),
     "carriage returns": (".jsonl", b'{"text": "x"}\r\n{"text": "y\\r\\n"}\r\n', ["x", "y\r\n"], []),
     "blank lines": (".jsonl", b'\n  \n{"text": "x"}\n\n{"text": 7}\n', ["x"], [(5, "text", "the number 7")]),
     "NUL": (".jsonl", b'{"text": "a\\u0000b"}\n', ["a\0b"], []),
@@ -91,7 +96,12 @@ CORPUS = {
     # .yaml
     "yaml, unquoted": (".yaml", b"- text: x\n- text: 7\n- text: yes\n", ["x"], [(2, "text", "7"), (3, "text", "true")]),
     "yaml, key twice": (".yml", b"- text: x\n- text: a\n  text: b\n- text: y\n", ["x", "y"], [(2, "", "'text'")]),
-    "yaml, malformed": (".yaml", b"- text: x\n- {text: y\n- z", ["x"], [(3, "", "malformed YAML")]),
+    "yaml, malformed": (
+        ".yaml",
+        b"- text: x\n- {text: y\n- z",
+        ["x"],
+        [(2, "", "at line 4, column 1: ")],
+    ),
     "yaml, no list": (".yaml", b"rows:\n- text: x\n", 0, [(1, "", "must be a list of rows")]),
     "yaml, python": (".yaml", b"- text: x\n- !!python/name:os.system {}\n", ["x"], [(2, "", "could not determine")]),
     "yaml, many aliases": (
@@ -119,7 +129,12 @@ CORPUS = {
     ),
     "prompt among answers": (".jsonl", GOOD + row(prompt="x"), 1, [(2, "instruction", ""), (2, "output", "")]),
     "unknown among known": (".jsonl", GOOD + row(id=1), 1, [(2, "", "no known shape has the columns 'id'")]),
-    "answer beside a prompt": (".jsonl", row(text="x") + row(prompt="a", reply="b", output="c"), ["x"], [(2, "", "no known")]),
+    "answer beside a prompt": (
+        ".jsonl",
+        row(text="x") + row(prompt="a", reply="b", output="c"),
+        ["x"],
+        [(2, "", "no known")],
+    ),
     "instances": (
         ".jsonl",
         row(instruction="a", instances=[{"input": 1, "output": "b"}, {"output": " "}, 3]),
@@ -154,7 +169,12 @@ CORPUS = {
         0,
         [(1, "messages[3].role", "user follows tool")],
     ),
-    "two system prompts": (".jsonl", chat(U | {"role": "system"}, U, A, system="x"), 0, [(1, "system", "given in the")]),
+    "two system prompts": (
+        ".jsonl",
+        chat(U | {"role": "system"}, U, A, system="x"),
+        0,
+        [(1, "system", "given in the")],
+    ),
     "user at the end": (".jsonl", chat(U, A, U), 1, []),
     "weight below 0": (".jsonl", chat(U, A | {"weight": -1}), 0, [(1, "messages[1].weight", "-1")]),
     "weight true": (".jsonl", chat(U, A | {"weight": True}), 0, [(1, "messages[1].weight", "true")]),
@@ -165,7 +185,12 @@ CORPUS = {
         0,
         [(1, "messages[0].content[0].type", "image_url is not supported")],
     ),
-    "part unknown": (".jsonl", chat(U | {"content": [{"type": "x"}]}, A), 0, [(1, "messages[0].content[0].type", "'x'")]),
+    "part unknown": (
+        ".jsonl",
+        chat(U | {"content": [{"type": "x"}]}, A),
+        0,
+        [(1, "messages[0].content[0].type", "'x'")],
+    ),
     "part a string": (".jsonl", chat(U | {"content": ["x"]}, A), 0, [(1, "messages[0].content[0]", "must be a part")]),
     "arguments": (
         ".jsonl",
@@ -194,7 +219,7 @@ CORPUS = {
     "tools": (".jsonl", chat(U, A, tools=[{"x": 1}]), 0, [(1, "tools[0]", "must be a function with its name")]),
     "tools not JSON": (".jsonl", chat(U, A, tools="[{]"), 0, [(1, "tools", "malformed JSON")]),
     # Transcripts and pairs
-    "transcript unanswered": (".jsonl", row(text="Human: a"), 0, [(1, "text", "no assistant turn")]),
+    "transcript unanswered": (".jsonl", row(text="Human: a"), 0, [(1, "text", "without an assistant turn")]),
     "transcript empty answer": (
         ".jsonl",
         row(text="Human: a\n\nAssistant: "),

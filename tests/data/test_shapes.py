@@ -416,8 +416,12 @@ def test_options_that_cannot_be(tmp_path, options, said):
 @pytest.mark.parametrize(
     ("row", "options", "said"),
     [
-        ({"query": "Why?", "response": "So."}, {}, "nearest is alpaca: name its columns with --columns instruction=query"),
-        ({"prompt": "Why?", "response": "So."}, {}, "'prompt', 'response'"),
+        (
+            {"query": "Why?", "response": "So."},
+            {},
+            "alpaca: name its columns with --columns instruction=query",
+        ),
+        ({"prompt": "Why?", "response": "So."}, {}, "--columns instruction=prompt"),
         ({"data": [{"text": "x"}]}, {}, "jq -c '.data[]'"),
         ({"question": "Why?", "answr": "So."}, {"format": "question-answer"}, "did you mean 'answr'?"),
         ({"id": 1}, {"format": "labelled"}, "the first lacks 'label', 'messages'"),

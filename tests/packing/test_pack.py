@@ -206,6 +206,15 @@ def test_lengths_are_mixed_within_batches():
     assert means.std() < 1.6 * lengths.std() / np.sqrt(100_000 / len(arranged))
 
 
+def test_batches_come_in_random_order_where_rows_are_packed_by_length():
+    lengths = np.random.default_rng(0).integers(34, 67, 2000)
+    arranged = plan(Stored(lengths), 100, share_prefixes="off")
+    longest = np.maximum.reduceat(lengths[arranged.records], arranged.offsets[:-1])
+    # Pairs fill 100 only if the long are matched with the short.
+    assert arranged.report.fill > 0.96
+    assert abs(np.corrcoef(longest, np.arange(len(longest)))[0, 1]) < 0.2
+
+
 @pytest.mark.parametrize("sizes", [[60] * 50, [51] * 40 + [49] * 40, [100] * 10, [34] * 90, [70, 30] * 50])
 def test_as_few_batches_as_can_be(sizes):
     trees = trees_of([[exchange(np.arange(size) + 1000 * row, [7])] for row, size in enumerate(sizes)])

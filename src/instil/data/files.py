@@ -8,7 +8,7 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -332,29 +332,43 @@ class _Lines:
 def _read_parquet(file: LocalFile, note: Note) -> Iterator[RawRow]:
     from pyarrow import parquet
 
-    number = 0
     with _arrow_errors(), parquet.ParquetFile(file.file) as table:
-        for batch in table.iter_batches(batch_size=BATCH_ROWS):
-            for values in batch.to_pylist():
-                number += 1
-                yield RawRow(Source(file.path, number), values)
+        yield from _table_rows(file.path, table.iter_batches(batch_size=BATCH_ROWS))
 
 
 def _read_arrow(file: LocalFile, note: Note) -> Iterator[RawRow]:
     import pyarrow
     from pyarrow import ipc
 
-    number = 0
     with _arrow_errors(), pyarrow.memory_map(str(file.file)) as stream:
         in_file = stream.read(6) == b"ARROW1"
         stream.seek(0)
         with ipc.open_file(stream) if in_file else ipc.open_stream(stream) as table:
             batches = (table.get_batch(index) for index in range(table.num_record_batches)) if in_file else table
-            for batch in batches:
-                for start in range(0, batch.num_rows, BATCH_ROWS):
-                    for values in batch.slice(start, BATCH_ROWS).to_pylist():
-                        number += 1
-                        yield RawRow(Source(file.path, number), values)
+            yield from _table_rows(file.path, batches)
+
+
+def _table_rows(path: str, batches: Iterable[Any]) -> Iterator[RawRow]:
+    number = 0
+    for batch in batches:
+        for start in range(0, batch.num_rows, BATCH_ROWS):
+            for values in _table_values(batch.slice(start, BATCH_ROWS)):
+                number += 1
+                source = Source(path, number)
+                if isinstance(values, ValueError):
+                    yield RawRow(source, None, None, f"a cell cannot be read: {values}")
+                else:
+                    yield RawRow(source, values)
+
+
+def _table_values(batch: Any) -> list[Any]:
+    """The rows of a batch; in place of a row that Python cannot hold (strings that are not UTF-8), its error."""
+    try:
+        return list(batch.to_pylist())
+    except ValueError as error:
+        if batch.num_rows == 1:
+            return [error]
+        return [values for index in range(batch.num_rows) for values in _table_values(batch.slice(index, 1))]
 
 
 @contextmanager

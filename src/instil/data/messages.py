@@ -202,8 +202,7 @@ def _read_call(row: Row, field: str, item: Any) -> Mapping[str, Any] | None:
     function = item.get("function", item) if isinstance(item, Mapping) else None
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(name, str) or not name:
-        if not row.problems or row.problems[-1].field != field:
-            row.bad(field, f"must be a call with name and arguments, and is {described(item)}")
+        row.bad(field, f"must be a call with name and arguments, and is {described(item)}")
         return None
     arguments = function.get("arguments")
     inside = f"{field}.function.arguments" if function is not item else f"{field}.arguments"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import hashlib
 import json
 import os
-import tempfile
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -202,7 +202,11 @@ def _strange_file(file: DataFile, values: Mapping[str, Any], plan: _Plan, alone:
 class Records:
     """The records of some data: iterable, from the start each time, in constant memory.
 
-    `report` tells of the iteration under way or the last one.
+    Attributes:
+        report: What was met in the iteration under way, or in the last one.
+        objective: What the records are for, if it was given.
+        on_bad_row: `error` or `skip`.
+        rejects: The file that takes skipped rows.
     """
 
     def __init__(self, files: Sequence[DataFile], plan: _Plan, on_bad_row: OnBadRow, rejects: Path | None) -> None:
@@ -210,9 +214,10 @@ class Records:
             if isinstance(file, LocalFile) and file.temporary:
                 weakref.finalize(self, _remove, file.file)
         self.report = Report()
+        self.objective = plan.objective
         self._plan = plan
-        self._on_bad_row = on_bad_row
-        self._rejects = rejects
+        self.on_bad_row = on_bad_row
+        self.rejects = rejects
         _check_rejects(rejects, files)
         self._files = [(file, _survey(file, plan)) for file in files]
         problems = [survey.problem for _, survey in self._files if survey.problem]
@@ -225,8 +230,8 @@ class Records:
 
     def __iter__(self) -> Iterator[Record]:
         report = self.report = Report()
-        skip = self._on_bad_row == "skip"
-        with _Rejects(self._rejects) as rejects:
+        skip = self.on_bad_row == "skip"
+        with _Rejects(self.rejects) as rejects:
             for file, survey in self._files:
                 counts = report.files.setdefault(file.path, Counter())
                 with closing(cast(Any, file.rows(report.note))) as rows:
@@ -257,6 +262,37 @@ class Records:
         for _ in self:
             pass
         return self.report
+
+    def reject(self, problems: Sequence[RowProblem]) -> None:
+        """Write the rejects file anew, with rows in it that a later stage could not use.
+
+        Args:
+            problems: What is wrong with them; their sources say which they are.
+        """
+        later: dict[str, list[RowProblem]] = {}
+        for problem in problems:
+            later.setdefault(problem.source, []).append(problem)
+        if self.rejects is None:
+            return
+        with _Rejects(self.rejects) as rejects:
+            for file, survey in self._files:
+                with closing(cast(Any, file.rows(lambda text: None))) as rows:
+                    for raw in rows:
+                        row, record = self._read_row(raw, survey)
+                        found = later.get(str(raw.source)) if record is not None else row.problems
+                        if found:
+                            rejects.write(raw, found)
+
+    def fingerprint(self) -> str | None:
+        """What decides the records, as a hash: the bytes of the files and how they are read; None without bytes."""
+        digest = hashlib.sha256(repr((self._plan, self.on_bad_row)).encode())
+        for file, _ in self._files:
+            if not isinstance(file, LocalFile):
+                return None
+            digest.update(f"\0{file.path}\0".encode())
+            with file.file.open("rb") as content:
+                digest.update(hashlib.file_digest(content, "sha256").digest())
+        return digest.hexdigest()
 
     def _read_row(self, raw: RawRow, survey: _Survey) -> tuple[Row, Record | None]:
         if raw.values is None:
@@ -309,13 +345,13 @@ class _Rejects:
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
+        self._draft = Path()
         self._file: IO[str] | None = None
 
     def __enter__(self) -> _Rejects:
         if self._path is not None:
-            self._file = tempfile.NamedTemporaryFile(
-                "w", encoding="utf-8", newline="\n", dir=self._path.parent, prefix=f".{self._path.name}.", delete=False
-            )
+            self._draft = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+            self._file = open(self._draft, "w", encoding="utf-8", newline="\n")
         return self
 
     def write(self, raw: RawRow, problems: Sequence[RowProblem]) -> None:
@@ -340,10 +376,9 @@ class _Rejects:
             return
         self._file.close()
         if error is None:
-            os.chmod(self._file.name, 0o644)
-            os.replace(self._file.name, self._path)
+            os.replace(self._draft, self._path)
         else:
-            _remove(Path(self._file.name))
+            _remove(self._draft)
 
 
 def _remove(path: Path) -> None:

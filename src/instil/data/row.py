@@ -38,10 +38,9 @@ class Row:
         self.unused: set[str] = set()
 
     def bad(self, field: str, reason: str, remedy: str = "") -> None:
-        """Adds a problem, once."""
-        problem = RowProblem(str(self.source), field, reason, remedy)
-        if problem not in self.problems:
-            self.problems.append(problem)
+        """Adds a problem; of each field the first, for what is said of it next follows from that."""
+        if all(problem.field != field for problem in self.problems):
+            self.problems.append(RowProblem(str(self.source), field, reason, remedy))
 
     def missing(self, column: str) -> None:
         """Adds the problem of a column that is not there, with the nearest one that is."""

@@ -318,7 +318,8 @@ def _read_prompt_completion(row: Row, objective: Objective | None) -> Reading:
 
 def _read_transcript(row: Row, objective: Objective | None) -> Reading:
     turns = read_transcript(row, "text")
-    _check_answered(row, turns, "text")
+    if turns and not any(turn.message.role == "assistant" for turn in turns):
+        row.bad("text", "is a transcript without an assistant turn", "--format text trains it as it stands")
     if turns and turns[-1].message.role == "user":
         row.notes.add("ends in a user turn that nothing answers; that turn is context only")
     return Reading("conversation", (conversation(row, turns, ()),))
@@ -383,7 +384,9 @@ def _read_labelled(row: Row, objective: Objective | None) -> Reading:
 def _read_preference(row: Row, objective: Objective | None) -> Reading:
     tools = read_tools(row, "tools")
     prompt = _pair_prompt(row)
-    chosen = _alternatives(row, "chosen", prompt)[:1]
+    chosen = _alternatives(row, "chosen", prompt)
+    if len(chosen) > 1:
+        row.bad("chosen", f"must be one answer, and holds {len(chosen)}")
     supervised = objective == "supervised"
     rejected = [] if supervised else _alternatives(row, "rejected", prompt)
     if prompt is None or row.problems:
@@ -437,6 +440,8 @@ def _alternatives(row: Row, column: str, prompt: Sequence[Turn] | None) -> list[
     else:
         row.bad(column, f"must be an answer or a list of answers, and is {described(value)}")
         return []
+    if [] in several:
+        row.bad(column, "must be an answer, and holds an empty list")
     return [turns or [] for turns in several]
 
 
@@ -504,8 +509,9 @@ def _prompt_turns(row: Row) -> tuple[list[Turn] | None, list[tuple[Message, ...]
         return [*_system(row), Turn("question", Message("user", row.text("question")))], []
     if row.has("instruction"):
         return [*_system(row), *_history(row), _instructed(row)], []
-    column = row.first("prompt", "question", "instruction", "turns", "messages", "conversations", "prefix")
-    row.text(column)
+    column = row.first("prompt", "question", "instruction", "turns", *_CHATS, "prefix")
+    row.text(column, empty=True)
+    row.missing("suffix")
     return None, []
 
 

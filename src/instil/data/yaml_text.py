@@ -53,11 +53,8 @@ def read_values(stream: BinaryIO) -> Iterator[tuple[int, Any, str]]:
         if not loader.check_event(yaml.StreamEndEvent):
             yield loader.peek_event().start_mark.line + 1, None, "a second document follows; a file holds one list"
     except (yaml.YAMLError, RecursionError) as error:
-        yield (
-            _error_line(error, line),
-            None,
-            f"malformed YAML: {_explained(error)}; the rest of the file cannot be read",
-        )
+        reason = f"malformed YAML{_place(error)}: {_explained(error)}; the rest of the file cannot be read"
+        yield line, None, reason
 
 
 def _read_value(loader: _RowLoader) -> tuple[Any, str]:
@@ -68,7 +65,7 @@ def _read_value(loader: _RowLoader) -> tuple[Any, str]:
     try:
         value = loader.construct_document(node)
     except (yaml.YAMLError, ValueError) as error:
-        return None, f"malformed YAML: {_explained(error)}"
+        return None, f"malformed YAML{_place(error)}: {_explained(error)}"
     return value, _fault(value)
 
 
@@ -111,9 +108,9 @@ def _fault(value: Any) -> str:
     return f"\\u{ord(half):04x} is half of a surrogate pair and no character" if half else ""
 
 
-def _error_line(error: Exception, line: int) -> int:
+def _place(error: Exception) -> str:
     mark = getattr(error, "problem_mark", None)
-    return line if mark is None else int(mark.line) + 1
+    return "" if mark is None else f" at line {mark.line + 1}, column {mark.column + 1}"
 
 
 def _explained(error: Exception) -> str:

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-Boundary = Literal["special", "compared", "split"]
+Boundary = Literal["special", "compared", "split", "none"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,8 @@ class Exchange:
         completion_weights: (C,) float32.
         boundary: How the seam was proved. `special`: a special token stands at it, so the tokenizer cuts there.
             `compared`: the tokens of the whole begin with those of the prompt. `split`: a token would straddle it,
-            so the completion was encoded by itself and the whole decodes to the same text.
+            so the completion was encoded by itself and the whole decodes to the same text. `none`: there is no
+            completion, as in a prompt for evaluation.
         label: "", `chosen`, `rejected`, `good` or `bad`.
     """
 

@@ -11,23 +11,23 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from instil.conversation import Conversation, Message
 from instil.errors import TemplateError
 from instil.prompt.template import ChatTemplate
-from instil.prompt.tokenizer import Encoder, Tokenizer
+from instil.prompt.tokenizer import Encoder, Piece, Tokenizer
 
-# Unicode's noncharacters and the far end of its private use: no text is meant to hold them.
-_BREAK = "\ufdd0"
-_OPEN, _CLOSE = 0xF0000, 0x100000  # plus twice the number of the message, plus one for its reasoning
-_MARK = re.compile("[\U000f0000-\U000ffffd\U00100000-\U0010fff0]")
+_NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # Unicode keeps them free for a program's own use
 _PROBE = "zqProbeqz"
-_THINK = re.compile(r"\s*<think>(?P<inside>.*?)</think>", re.DOTALL)
+_THINK = re.compile(r"\s*(?:<think>)?(?P<inside>.*?)</think>", re.DOTALL)
 
 Wire = dict[str, Any]
-_PLAIN: list[Wire] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
+_USER: Wire = {"role": "user", "content": "a"}
+_ANSWER: Wire = {"role": "assistant", "content": "a"}
+_CALL: Wire = {"type": "function", "id": "a", "function": {"name": "a", "arguments": {"a": _PROBE}}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,15 @@ class Span:
     reasoning: bool
     start: int
     end: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Rendering:
+    """What a template rendered, where that only spells control tokens, and where the messages' text stands in it."""
+
+    text: str
+    plain_at: frozenset[int] = frozenset()
+    spans: tuple[Span, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +115,8 @@ class Renderer:
     def prompt(self, conversation: Conversation, *, follow: bool = False) -> TextExchange:
         """The prompt that a conversation's messages make, with no completion."""
         messages, tools = [message.to_wire() for message in conversation.messages], _tools(conversation)
-        text, plain_at, spans = self._render(messages, tools, answer=True, follow=follow)
-        return TextExchange(text, text, plain_at, spans)
+        prompt = self._render(messages, tools, answer=True, follow=follow)
+        return TextExchange(prompt.text, prompt.text, prompt.plain_at, prompt.spans)
 
     def exchange(self, conversation: Conversation, turn: int, *, follow: bool = False) -> TextExchange:
         """The exchange that trains one assistant turn.
@@ -122,18 +131,20 @@ class Renderer:
                 cannot be followed, or the answer is left out.
         """
         messages, tools = [message.to_wire() for message in conversation.messages], _tools(conversation)
-        prompt, prompt_plain, prompt_spans = self._render(messages[:turn], tools, answer=True, follow=follow)
-        whole, plain_at, spans = self._render(messages[: turn + 1], tools, answer=False, follow=follow)
-        if not whole.startswith(prompt):
-            whole = _reasoned(prompt, whole, messages[turn])
-        if not whole.startswith(prompt):
-            raise _seam_error(prompt, whole, messages[turn], self.template)
-        full = self._ended(whole, messages[: turn + 1], tools)
+        before = self._render(messages[:turn], tools, answer=True, follow=follow)
+        after = self._render(messages[: turn + 1], tools, answer=False, follow=follow)
+        prompt = before.text
+        if not after.text.startswith(prompt):
+            after = self._reasoned(prompt, after, messages[turn], turn)
+        if not after.text.startswith(prompt):
+            raise _seam_error(prompt, after.text, messages[turn], self.template)
+        full = self._ended(after.text, messages[: turn + 1], tools)
         if len(full) == len(prompt):
             raise TemplateError("the template leaves the answer out", "Choose another template, or mend this one.")
         _check_answer(full[len(prompt) :], messages[turn], self.template)
-        answer = tuple(span for span in spans if span.message == turn)
-        return TextExchange(prompt, full, _outside(plain_at, prompt, full) | prompt_plain, prompt_spans + answer)
+        plain_at = frozenset(at for at in after.plain_at if len(prompt) <= at < len(full))
+        answer = tuple(span for span in after.spans if span.message == turn) if follow else ()
+        return TextExchange(prompt, full, before.plain_at | plain_at, before.spans + answer)
 
     def document(self, message: Message) -> TextExchange:
         """Plain text, rendered by no template: behind BOS, if the tokenizer adds it, and before EOS."""
@@ -146,22 +157,22 @@ class Renderer:
             bos, full, frozenset(spelled), (Span(0, False, len(bos), len(bos) + len(message.content)),), True
         )
 
-    def _render(
-        self, messages: Sequence[Wire], tools: Sequence[Wire], *, answer: bool, follow: bool
-    ) -> tuple[str, frozenset[int], tuple[Span, ...]]:
-        """The rendering, where it only spells control tokens, and where the messages' text stands."""
+    def _render(self, messages: Sequence[Wire], tools: Sequence[Wire], *, answer: bool, follow: bool) -> _Rendering:
         plain = self._call(messages, tools, answer=answer)
+        spans = self._follow(messages, tools, plain, answer) if follow else ()
         if not any(map(self._spelled, _texts([*messages, *tools]))):
-            return plain, frozenset(), self._follow(messages, tools, plain, answer) if follow else ()
+            return _Rendering(plain, frozenset(), spans)
+        (mark,) = _unused(plain, 1)
         for breakable in (self.encoder.controls.keys(), self.structure):
-            broken = [_map_texts(message, self._breaker(message, breakable)) for message in messages]
-            broken_tools = [_map_texts(tool, self._breaker({"role": "system"}, breakable)) for tool in tools]
+            broken = [
+                {**_map_texts(message, self._breaker(message["role"], breakable, mark)), "role": message["role"]}
+                for message in messages
+            ]
+            broken_tools = [_map_texts(tool, self._breaker("system", breakable, mark)) for tool in tools]
             text = self._call(broken, broken_tools, answer=answer)
-            if text.replace(_BREAK, "") == plain:
-                breaks = [found.start() for found in re.finditer(_BREAK, text)]
-                plain_at = frozenset(at - number - 1 for number, at in enumerate(breaks))
-                spans = self._follow(messages, tools, plain, answer) if follow else ()
-                return plain, plain_at, spans
+            if text.replace(mark, "") == plain:
+                breaks = (found.start() for found in re.finditer(mark, text))
+                return _Rendering(plain, frozenset(at - number - 1 for number, at in enumerate(breaks)), spans)
         raise TemplateError(
             "a message spells a control token, and the template reads that text rather than passing it on, "
             "so it cannot be kept plain",
@@ -170,22 +181,46 @@ class Renderer:
 
     def _follow(self, messages: Sequence[Wire], tools: Sequence[Wire], plain: str, answer: bool) -> tuple[Span, ...]:
         """Where each message's text stands in `plain`, which is the rendering without marks."""
-        marked = [_marked(message, number) for number, message in enumerate(messages)]
-        text = self._call(marked, tools, answer=answer)
-        spans, opened = [], {}
-        for removed, found in enumerate(_MARK.finditer(text)):
-            at, code = found.start() - removed, ord(found[0])
-            if code < _CLOSE:
-                opened[code - _OPEN] = at
-            elif code - _CLOSE in opened:
-                number, reasoning = divmod(code - _CLOSE, 2)
-                spans.append(Span(number, bool(reasoning), opened.pop(code - _CLOSE), at))
-        if _MARK.sub("", text) != plain:
+        opening, closing, end = marks = _unused(plain, 3)
+        text = self._call([_marked(message, i, marks) for i, message in enumerate(messages)], tools, answer=answer)
+        mark = re.compile(f"([{opening}{closing}])([0-9]+){end}")
+        spans, opened, removed = [], {}, 0
+        for found in mark.finditer(text):
+            at, code = found.start() - removed, int(found[2])
+            removed += len(found[0])
+            if found[1] == opening:
+                opened[code] = at
+            elif code in opened:
+                number, reasoning = divmod(code, 2)
+                spans.append(Span(number, bool(reasoning), opened.pop(code), at))
+        if mark.sub("", text) != plain:
             raise TemplateError(
                 "the template changes the text of a message, so it cannot be followed through the rendering",
                 "Train the answer only (--prompt-weight 0, --train-reasoning), or choose another template.",
             )
         return tuple(spans)
+
+    def _reasoned(self, prompt: str, whole: _Rendering, answer: Wire, number: int) -> _Rendering:
+        """The rendering with the reasoning put back, where the prompt opens <think> and the template renders none of
+        it (DeepSeek-R1): the model, served with this prompt, must think, close, and answer.
+        """
+        head = prompt.rstrip().removesuffix("<think>")
+        reasoning, rest = _reasoning(answer).strip(), whole.text[len(head) :]
+        opened = head != prompt.rstrip() and whole.text.startswith(head) and not rest.startswith("<think>")
+        if not opened or not reasoning:
+            return whole
+        text = f"{prompt}{reasoning}\n</think>\n\n" + rest.lstrip("\n")
+        start, moved = len(prompt), len(text) - len(whole.text)
+        spelled = self.encoder.controls.keys() - self.markers
+        return _Rendering(
+            text,
+            frozenset(at + moved for at in whole.plain_at if at >= len(head))
+            | {start + found.start() for found in self.encoder.pattern.finditer(reasoning) if found[0] in spelled},
+            (
+                *(replace(span, start=span.start + moved, end=span.end + moved) for span in whole.spans),
+                Span(number, True, start, start + len(reasoning)),
+            ),
+        )
 
     def _ended(self, whole: str, messages: Sequence[Wire], tools: Sequence[Wire]) -> str:
         """The rendering up to and including the stop token of its last message."""
@@ -209,26 +244,20 @@ class Renderer:
     def _find_ending(self, messages: Sequence[Wire], tools: Sequence[Wire]) -> Ending:
         """Probe how the last message's kind ends: render it with a known text, last and with a turn after it.
 
-        The stop token is the last control token that follows the text in both; where a template ends the last
-        message otherwise than one in the history, the first that follows it as the last; where it ends none, the
-        token of the next turn if that follows at once, else EOS. (Where a plain answer's end is not rendered, what
-        ends a call is a marker of the call.)
+        Where a template renders no stop token: the token of the next turn if that follows at once, else EOS.
         """
         *before, last = messages
         probe = [*before, _probe(last)]
-        behind = _after_probe(self._call(probe, tools))
+        behind = _after_probe(self._call(probe, tools), last)
         try:
-            follower = _next_turn(last)
-            in_history = _after_probe(self._call([*probe, follower], tools))
+            in_history = _after_probe(self._call([*probe, _next_turn(last)], tools), last)
         except TemplateError:
             in_history = behind
-        common = _common_prefix(behind, in_history)
-        rendered = not last.get("tool_calls") or self._find_ending(_PLAIN, ()).where == "inside"
-        for text, which in ((common, -1), (behind, 0)):
-            stops = [piece for piece in self.encoder.cut(text) if piece.control is not None and rendered]
-            if stops:
-                stop = stops[which].text.strip()
-                return Ending(stop, behind[behind.index(stop, stops[which].start) :], "inside")
+        usual = self._find_ending([*before, _ANSWER], tools) if last.get("tool_calls") else None
+        found = self._rendered_stop(behind, in_history, usual)
+        if found:
+            stop = found.text.strip()
+            return Ending(stop, behind[behind.index(stop, found.start) :], "inside")
         rest = self.encoder.cut(in_history[len(behind) :]) if in_history.startswith(behind) else []
         head = rest[1:] if rest and rest[0].control is None and not rest[0].text.strip() else rest
         if head and head[0].control is not None:
@@ -242,28 +271,49 @@ class Renderer:
             )
         return Ending(self.tokenizer.eos_token, self.tokenizer.eos_token, "append")
 
+    def _rendered_stop(self, behind: str, in_history: str, usual: Ending | None) -> Piece | None:
+        """The stop token in what follows a text as the last (`behind`) and in the history, if one is rendered.
+
+        A call ends as a plain answer does (`usual`) if it can: what else closes it may be a marker of the call, and
+        where a plain answer's end is not rendered it is none but that. Else it is the last control token that
+        follows in both; where the last message ends otherwise than one in the history, the first that follows it.
+        """
+        if usual and usual.where == "append":
+            return None
+        after, common = (
+            [piece for piece in self.encoder.cut(text) if piece.control is not None]
+            for text in (behind, _common_prefix(behind, in_history))
+        )
+        as_usual = [piece for piece in after if usual and piece.text.strip() == usual.stop]
+        return next(iter(as_usual[:1] + common[-1:] + after[:1]), None)
+
     def _structure_tokens(self) -> frozenset[str]:
-        """The control tokens that build turns: around a system and a user message, opening the answer, BOS, EOS, …"""
-        user = {"role": "user", "content": "a"}
+        """The control tokens that build turns: around a system and a user message, opening the answer, ending it, BOS,
+        EOS, …
+        """
         names: set[str] = {value for value in self.tokenizer.special_tokens.values() if isinstance(value, str)}
-        for messages in ([user], [{"role": "system", "content": "a"}, user]):
+        for messages in ([_USER], [{"role": "system", "content": "a"}, _USER]):
             try:
-                text = self._call(messages)
-                opened = self._call(messages, answer=True).removeprefix(text)
+                asked, opened = (self.encoder.spelled(self._call(messages, answer=answer)) for answer in (False, True))
             except TemplateError:
                 continue
-            names.update(self.encoder.spelled(text))
-            names.update(self.encoder.spelled(opened)[:1])
+            names.update(asked)
+            # An answer may think again where its prompt has opened that.
+            names.update(name for name in opened if "think" not in name)
+        for answer in (_ANSWER, {**_ANSWER, "tool_calls": [_CALL]}):
+            with suppress(TemplateError):
+                names.add(self._find_ending([_USER, answer], ()).stop)
         return frozenset(names & self.encoder.controls.keys())
 
     def _spelled(self, text: str) -> bool:
         return bool(self.encoder.pattern.search(text)) and bool(self.encoder.spelled(text))
 
-    def _breaker(self, message: Wire, breakable: Iterable[str]) -> Callable[[str], str]:
-        names = frozenset(breakable) - (self.markers if message["role"] == "assistant" else frozenset())
+    def _breaker(self, role: str, breakable: Iterable[str], mark: str) -> Callable[[str], str]:
+        """What puts a mark into each control token that a text spells; an assistant's markers are meant."""
+        names = frozenset(breakable) - (self.markers if role == "assistant" else frozenset())
 
         def put(found: re.Match[str]) -> str:
-            return found[0][0] + _BREAK + found[0][1:] if found[0] in names else found[0]
+            return found[0][0] + mark + found[0][1:] if found[0] in names else found[0]
 
         return lambda text: self.encoder.pattern.sub(put, text)
 
@@ -290,9 +340,8 @@ class Renderer:
     def _takes_text_arguments(self) -> bool:
         """Whether a call's arguments must be given as JSON text (an object is tried first)."""
         if self._text_arguments is None:
-            call = {"type": "function", "id": "a", "function": {"name": "a", "arguments": {"a": _PROBE}}}
             as_object, as_text = (
-                _renders(self.template, "", tool_calls=[one]) for one in (call, _with_text_arguments(call))
+                _renders(self.template, "", tool_calls=[call]) for call in (_CALL, _with_text_arguments(_CALL))
             )
             self._text_arguments = as_text and not as_object
         return self._text_arguments
@@ -322,11 +371,11 @@ def control_tokens(template: ChatTemplate, tokenizer: Tokenizer) -> list[str]:
 
 
 def _texts(node: Any) -> list[str]:
-    """Every text that a message or tool holds, role names and keys aside."""
+    """Every text that a message or tool holds; the keys too, for a call's arguments are named by the data."""
     if isinstance(node, str):
         return [node]
     if isinstance(node, Mapping):
-        return [text for key, value in node.items() if key != "role" for text in _texts(value)]
+        return [text for item in node.items() for text in _texts(item)]
     if isinstance(node, list | tuple):
         return [text for item in node for text in _texts(item)]
     return []
@@ -336,21 +385,35 @@ def _map_texts(node: Any, change: Callable[[str], str]) -> Any:
     if isinstance(node, str):
         return change(node)
     if isinstance(node, Mapping):
-        return {key: value if key == "role" else _map_texts(value, change) for key, value in node.items()}
+        return {_map_texts(key, change): _map_texts(value, change) for key, value in node.items()}
     if isinstance(node, list | tuple):
         return [_map_texts(item, change) for item in node]
     return node
 
 
-def _marked(message: Wire, number: int) -> Wire:
-    """The message with a mark on either side of its texts, inside the white space that a template may trim."""
+def _unused(text: str, count: int) -> list[str]:
+    """Characters to mark text with: any that the rendering does not hold."""
+    free = [mark for mark in _NONCHARACTERS if mark not in text][:count]
+    if len(free) < count:
+        raise TemplateError(
+            "the text holds nearly all of Unicode's noncharacters U+FDD0 to U+FDEF, so none is left to mark it with",
+            "Take them out: they are no text.",
+        )
+    return free
+
+
+def _marked(message: Wire, number: int, marks: Sequence[str]) -> Wire:
+    """The message with a mark on either side of its texts, inside the white space that a template may trim. A mark's
+    number is twice that of the message, plus one for its reasoning.
+    """
+    opening, closing, end = marks
 
     def mark(text: str, code: int) -> str:
         core = text.strip()
         if not core:
             return text
         at = text.index(core)
-        return text[:at] + chr(_OPEN + code) + core + chr(_CLOSE + code) + text[at + len(core) :]
+        return f"{text[:at]}{opening}{code}{end}{core}{closing}{code}{end}{text[at + len(core) :]}"
 
     marked = dict(message)
     for key, value in message.items():
@@ -367,12 +430,14 @@ def _marked(message: Wire, number: int) -> Wire:
 
 
 def _probe(message: Wire) -> Wire:
-    """The message with its last text known: the last argument of its last call, or the end of its content."""
+    """The message with known texts: at the end of its content, if it has any, and as the arguments of its last call."""
+    content = message["content"].rstrip()
     if not message.get("tool_calls"):
-        return {**message, "content": message["content"].rstrip() + _PROBE}
+        return {**message, "content": content + _PROBE}
     *calls, last = message["tool_calls"]
     return {
         **message,
+        "content": content and content + _PROBE,
         "tool_calls": [*calls, {**last, "function": {**last["function"], "arguments": {"probe": _PROBE}}}],
     }
 
@@ -386,23 +451,22 @@ def _next_turn(message: Wire) -> Wire:
     return {**turn, "tool_call_id": call["id"]} if "id" in call else turn
 
 
-def _after_probe(text: str) -> str:
-    _, found, behind = text.rpartition(_PROBE)
-    if not found:
+def _after_probe(text: str, message: Wire) -> str:
+    """What follows the last of the texts that `_probe` put into the message."""
+    calls = bool(message.get("tool_calls"))
+    if text.count(_PROBE) < 1 + (calls and bool(message["content"].strip())):
         raise TemplateError(
-            "the template leaves the answer out (it renders no tool calls, say)",
+            "the template leaves out the tool call, or the text beside it"
+            if calls
+            else "the template leaves the answer out",
             "Choose a template that renders it, or put the call into the content.",
         )
-    return behind
+    return text.rpartition(_PROBE)[2]
 
 
 def _with_text_arguments(call: Mapping[str, Any]) -> Wire:
     function = call["function"]
     return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
-
-
-def _outside(plain_at: frozenset[int], prompt: str, full: str) -> frozenset[int]:
-    return frozenset(at for at in plain_at if len(prompt) <= at < len(full))
 
 
 def _check_answer(completion: str, message: Wire, template: ChatTemplate) -> None:
@@ -425,17 +489,6 @@ def _reasoning(message: Wire) -> str:
     """What the assistant thought, given apart or at the head of the content."""
     thought = _THINK.match(message["content"])
     return message.get("reasoning_content") or (thought["inside"] if thought else "")
-
-
-def _reasoned(prompt: str, whole: str, answer: Wire) -> str:
-    """The rendering with the reasoning put back, where the prompt opens <think> and the template renders none of it
-    (DeepSeek-R1): the model, served with this prompt, must think, close, and answer.
-    """
-    head = prompt.rstrip().removesuffix("<think>")
-    reasoning = _reasoning(answer).strip()
-    if head == prompt.rstrip() or not reasoning or not whole.startswith(head) or whole.startswith("<think>", len(head)):
-        return whole
-    return f"{prompt}{reasoning}\n</think>\n\n{whole[len(head) :]}"
 
 
 def _common_prefix(one: str, other: str) -> str:

@@ -334,7 +334,7 @@ def _refuse_long(rows: Ints, longest: Ints, budget: int, name: Name) -> None:
 def _split(tree: TokenTree, budget: int) -> list[tuple[Ints, int]]:
     """Cut a tree into parts within the budget: the exchanges of each, ascending, and its tokens.
 
-    Exchanges are taken in the order of the layout, in which those that share most are neighbours.
+    Exchanges are taken in the order of the layout: what one shares with any before it, it shares with the last.
     """
     ends = tree.target_rows[tree.last_targets]  # (E,)
     held = np.zeros(tree.size, np.bool_)
@@ -346,7 +346,6 @@ def _split(tree: TokenTree, budget: int) -> list[tuple[Ints, int]]:
             part, size = parts.pop()
             parts.append(([*part, exchange], size + added))
         else:
-            held[:] = False
             parts.append(([exchange], len(path)))
         held[path] = True
     return [(np.sort(np.array(part, np.int64)), size) for part, size in parts]

@@ -1,0 +1,1 @@
+"""The command `instil`: a thin file per command."""

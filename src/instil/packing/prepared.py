@@ -1,0 +1,346 @@
+"""Data to stored token trees: read, rendered and encoded on all cores, once for each content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from instil.conversation import Record
+from instil.data import Records
+from instil.errors import DataError, RowProblem
+from instil.packing.packs import Report
+from instil.packing.store import Columns, StoredTrees, columns, write
+from instil.packing.summary import Summary, describe
+from instil.packing.tree import TokenTree
+from instil.prompt import EncodedRecord, PromptOptions, RecordEncoder, load_renderer
+
+_CHUNK = 128  # records sent to a worker at once
+_ALONE = 2_000  # so few records are encoded here: starting workers takes longer
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A data set ready to be packed.
+
+    Args:
+        trees: One token tree for each row that has something to train.
+        summary: What the rows came to.
+        files: The files of the data, by number.
+        stop_tokens: The tokens that end an answer: what generation must stop at.
+        added_tokens: The special tokens that the template needed and the tokenizer lacked.
+        report: What was met while reading: shapes, unused columns, notes.
+        cached: Whether it was found in the cache.
+    """
+
+    trees: StoredTrees
+    summary: Summary
+    files: tuple[str, ...]
+    stop_tokens: tuple[str, ...]
+    added_tokens: tuple[str, ...]
+    report: dict[str, Any]
+    cached: bool = False
+
+    def name(self, index: int) -> str:
+        """Where the row of a tree stands, as `file:line`."""
+        file, line = self.trees.place(index)
+        return f"{self.files[file]}:{line}"
+
+    def describe(self, packs: Report | None = None) -> dict[str, Any]:
+        """Everything counted, as plain JSON values; with a packing's report, that too."""
+        described = describe(self.summary, self.report, self.trees.lengths)
+        described["stop_tokens"] = list(self.stop_tokens)
+        described["added_tokens"] = list(self.added_tokens)
+        described["cached"] = self.cached
+        if packs is not None:
+            described["packs"] = {**asdict(packs), "fill": packs.fill}
+        return described
+
+
+def cache_folder(chosen: str | Path | None = None) -> Path:
+    """Where encoded data is kept: the folder chosen, `$INSTIL_CACHE`, or `instil` in the user's cache folder."""
+    if chosen is not None:
+        return Path(chosen)
+    if found := os.environ.get("INSTIL_CACHE"):
+        return Path(found)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "instil"
+
+
+def prepare(
+    records: Records,
+    tokenizer: Any,
+    options: PromptOptions | None = None,
+    *,
+    tokens_per_batch: int | None = None,
+    workers: int | None = None,
+    cache: str | Path | None = None,
+    count_roles: bool = False,
+) -> Prepared:
+    """Encode a whole data set into token trees, or find them in the cache.
+
+    The cache holds what the same data, template, tokenizer, options and version of this code gave before; it is
+    written whole or not at all.
+
+    Args:
+        records: As `instil.read` gives them.
+        tokenizer: A folder or hub name, or a fast tokenizer of transformers.
+        options: The template, what is trained and what is too long.
+        tokens_per_batch: The budget of a batch: no exchange may be longer, unless `options.max_length` says so.
+        workers: Processes that encode; None for one on each core. They change nothing but the time.
+        cache: The folder of the cache; None keeps the result only as long as it is used.
+        count_roles: Whether to count tokens by whose text they are.
+
+    Raises:
+        DataError: Bad rows, all of them, unless they are skipped.
+        TokenizerError, TemplateError: The tokenizer or the template cannot be used.
+    """
+    options = options or PromptOptions()
+    renderer = load_renderer(tokenizer, options)
+    limits = [limit for limit in (renderer.tokenizer.max_length, tokens_per_batch) if limit is not None]
+    longest = options.max_length or min(limits, default=None)
+    encoder = RecordEncoder(renderer, options, longest, records.objective, count_roles=count_roles)
+    key = None if cache is None else _key(records, encoder)
+    if cache is not None and key is not None and records.rejects is None and (Path(cache) / key / "meta.json").exists():
+        return _load(Path(cache) / key, cached=True)
+    root = Path(cache) if cache is not None and key is not None else Path(tempfile.gettempdir())
+    root.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=".instil-", dir=root))
+    try:
+        _fill(folder, records, encoder, workers or len(os.sched_getaffinity(0)))
+        if key is not None:
+            folder = _put(folder, root / key)
+        prepared = _load(folder)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    if key is None:
+        weakref.finalize(prepared.trees, shutil.rmtree, folder, ignore_errors=True)
+    return prepared
+
+
+@dataclass(slots=True)
+class _Part:
+    """What became of some records in a row."""
+
+    columns: Columns
+    summary: Summary
+    problems: list[RowProblem]
+    stop_tokens: list[str]
+
+
+@dataclass(slots=True)
+class _Totals:
+    summary: Summary = field(default_factory=Summary)
+    problems: list[RowProblem] = field(default_factory=list)
+    stop_tokens: dict[str, None] = field(default_factory=dict)
+
+
+def _fill(folder: Path, records: Records, encoder: RecordEncoder, workers: int) -> None:
+    """Encode the records and write their trees and counts into the folder."""
+    totals = _Totals()
+    files: dict[str, int] = {}
+    unread: DataError | None = None
+
+    def numbered() -> Iterator[list[tuple[int, Record]]]:
+        nonlocal unread
+        stream = iter(records)
+        while True:
+            chunk: list[tuple[int, Record]] = []
+            try:
+                for record in islice(stream, _CHUNK):
+                    chunk.append((files.setdefault(record.source.path, len(files)), record))
+            except DataError as error:
+                unread = error
+            if chunk:
+                yield chunk
+            if len(chunk) < _CHUNK:
+                return
+
+    def parts() -> Iterator[Columns]:
+        for part in _encoded(numbered(), encoder, workers):
+            totals.summary.merge(part.summary)
+            totals.problems += part.problems
+            totals.stop_tokens.update(dict.fromkeys(part.stop_tokens))
+            yield part.columns
+
+    write(folder, parts())
+    _refuse(records, unread, totals.problems)
+    _tally_duplicates(folder, totals.summary, tuple(files))
+    meta = {
+        "summary": totals.summary.to_json(),
+        "files": list(files),
+        "stop_tokens": list(totals.stop_tokens),
+        "added_tokens": list(encoder.renderer.tokenizer.added),
+        "report": _report(records),
+    }
+    (folder / "meta.json").write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
+
+
+def _refuse(records: Records, unread: DataError | None, problems: list[RowProblem]) -> None:
+    """Raise what is wrong with rows that were read, or could not be; or have them put among the rejects."""
+    if records.on_bad_row == "skip":
+        if problems:
+            records.reject(problems)
+        return
+    if unread is None and not problems:
+        return
+    every = [*(unread.problems if unread else ()), *problems]
+    raise DataError(
+        f"{len({problem.source for problem in every}):,} of {records.report.rows:,} rows cannot be used",
+        "Mend them, or leave them out with --on-bad-row skip (--rejects keeps them in a file).",
+        every,
+    )
+
+
+def _encoded(chunks: Iterator[list[tuple[int, Record]]], encoder: RecordEncoder, workers: int) -> Iterator[_Part]:
+    """The chunks' parts in order, encoded here if they are few, by workers otherwise; never many at once."""
+    first = list(islice(chunks, _ALONE // _CHUNK))
+    if workers < 2 or len(first) < _ALONE // _CHUNK:
+        yield from (_encode(encoder, chunk) for chunk in chain(first, chunks))
+        return
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    with ProcessPoolExecutor(workers, context, _start_worker, (encoder,)) as pool:
+        pending: deque[Future[_Part]] = deque()
+        try:
+            for chunk in chain(first, chunks):
+                pending.append(pool.submit(_work, chunk))
+                if len(pending) > 3 * workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_worker_encoder: RecordEncoder
+
+
+def _start_worker(encoder: RecordEncoder) -> None:
+    global _worker_encoder
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are taken by the other workers
+    _worker_encoder = encoder
+
+
+def _work(chunk: list[tuple[int, Record]]) -> _Part:
+    return _encode(_worker_encoder, chunk)
+
+
+def _encode(encoder: RecordEncoder, chunk: list[tuple[int, Record]]) -> _Part:
+    """Encode some records into trees and counts."""
+    rows = encoder.encode([record for _, record in chunk])
+    backend = encoder.renderer.tokenizer.backend
+    stop_ids = frozenset(i for i in map(backend.token_to_id, encoder.renderer.stop_tokens) if i is not None)
+    summary = Summary()
+    problems: list[RowProblem] = []
+    trees: list[TokenTree] = []
+    places: list[tuple[int, int, int]] = []
+    lengths: list[int] = []
+    for (file, record), row in zip(chunk, rows, strict=True):
+        summary.add(row, stop_ids)
+        problems += row.problems
+        if row.exchanges and record.kind != "prompt":
+            trees.append(TokenTree.from_exchanges(row.exchanges))
+            places.append((file, record.source.line, _hash(row)))
+            lengths += map(len, row.exchanges)
+    named = zip(*places, strict=True) if places else ((), (), ())
+    found = {
+        name: np.array(values, kind)
+        for name, values, kind in zip(("file", "line", "hash"), named, (np.int32, np.int64, np.uint64), strict=True)
+    }
+    trained = columns(trees, found | {"lengths": np.array(lengths, np.int32)})
+    return _Part(trained, summary, problems, list(encoder.renderer.stop_tokens))
+
+
+def _hash(row: EncodedRecord) -> int:
+    digest = hashlib.blake2b(digest_size=8)
+    for exchange in row.exchanges:
+        digest.update(exchange.prompt_ids.tobytes() + b"|" + exchange.completion_ids.tobytes() + b"||")
+    return int.from_bytes(digest.digest(), "little")
+
+
+def _tally_duplicates(folder: Path, summary: Summary, files: Sequence[str]) -> None:
+    """Count the rows whose tokens are those of an earlier row."""
+    trees = StoredTrees(folder)
+    _, first = np.unique(trees.hashes, return_index=True)
+    again = np.ones(len(trees), np.bool_)
+    again[first] = False
+    for index in np.flatnonzero(again).tolist():
+        file, line = trees.place(index)
+        summary.tally("duplicate", "same tokens").add(f"{files[file]}:{line}")
+
+
+def _report(records: Records) -> dict[str, Any]:
+    report = records.report
+    return {
+        "rows": report.rows,
+        "rejected": report.rejected,
+        "shapes": dict(report.shapes),
+        "files": {path: dict(shapes) for path, shapes in report.files.items()},
+        "unused_columns": dict(report.unused_columns),
+        "notes": dict(report.notes),
+    }
+
+
+def _load(folder: Path, *, cached: bool = False) -> Prepared:
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    return Prepared(
+        StoredTrees(folder),
+        Summary.from_json(meta["summary"]),
+        tuple(meta["files"]),
+        tuple(meta["stop_tokens"]),
+        tuple(meta["added_tokens"]),
+        meta["report"],
+        cached,
+    )
+
+
+def _put(folder: Path, final: Path) -> Path:
+    """Move a finished folder to its place; another process may have been there first."""
+    try:
+        folder.rename(final)
+    except OSError:
+        shutil.rmtree(folder)
+    return final
+
+
+def _key(records: Records, encoder: RecordEncoder) -> str | None:
+    """What decides the result, as a hash; None where the data has no bytes to hash (the hub)."""
+    data = records.fingerprint()
+    if data is None:
+        return None
+    renderer = encoder.renderer
+    parts = [
+        data,
+        renderer.template.fingerprint(),
+        renderer.tokenizer.fingerprint(),
+        encoder.options.model_dump_json(),
+        f"{encoder.max_length} {encoder.objective} {encoder.count_roles}",
+        _code_version(),
+    ]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def _code_version() -> str:
+    """A hash of the code that the result depends on."""
+    package = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for path in sorted(
+        chain(package.glob("*.py"), *(package.glob(f"{room}/*") for room in ("data", "prompt", "packing")))
+    ):
+        if path.is_file():
+            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()

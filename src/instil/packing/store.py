@@ -1,0 +1,143 @@
+"""Token trees on disk: a few flat arrays, written as the trees come and mapped into memory when read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from instil.packing.tree import Ids, Ints, TokenTree, depths
+
+_FIELDS: dict[str, type[np.generic]] = {
+    "input_ids": np.int32,
+    "subtree_end": np.int32,
+    "target_rows": np.int32,
+    "target_ids": np.int32,
+    "target_weights": np.float32,
+    "target_exchange": np.int32,
+    "exchange_prompt": np.int32,
+}
+_COUNTS: dict[str, type[np.generic]] = {
+    "sizes": np.int32,  # (N,) tokens of each tree
+    "targets": np.int32,  # (N,) its targets
+    "exchanges": np.int32,  # (N,) its exchanges
+    "longest": np.int32,  # (N,) its longest path
+    "unshared": np.int64,  # (N,) its exchanges' tokens one by one
+}
+_ROWS: dict[str, type[np.generic]] = {
+    "file": np.int32,  # (N,) the number of the file that the tree's row stands in
+    "line": np.int64,  # (N,) its line there
+    "hash": np.uint64,  # (N,) of all its tokens: rows that are alike have the same
+    "lengths": np.int32,  # (exchanges,) prompt and completion of each exchange together
+}
+Columns = dict[str, NDArray[Any]]
+
+
+def columns(trees: Sequence[TokenTree], rows: Columns) -> Columns:
+    """The arrays that hold these trees.
+
+    Args:
+        trees: One for each row of data.
+        rows: `file`, `line`, `hash` and `lengths` of the rows.
+    """
+    found: Columns = {name: _joined([getattr(tree, name) for tree in trees], kind) for name, kind in _FIELDS.items()}
+    counted = {
+        "sizes": [tree.size for tree in trees],
+        "targets": [len(tree.target_rows) for tree in trees],
+        "exchanges": [tree.exchanges for tree in trees],
+        "longest": [tree.longest for tree in trees],
+        "unshared": [tree.unshared for tree in trees],
+    }
+    found |= {name: np.array(counted[name], kind) for name, kind in _COUNTS.items()}
+    return found | {name: rows[name].astype(kind, copy=False) for name, kind in _ROWS.items()}
+
+
+def write(folder: Path, chunks: Iterable[Columns]) -> None:
+    """Append chunk after chunk to the arrays' files in a folder."""
+    kinds = _FIELDS | _COUNTS | _ROWS
+    files = {name: (folder / f"{name}.bin").open("wb") for name in kinds}
+    try:
+        for chunk in chunks:
+            for name, file in files.items():
+                file.write(chunk[name].tobytes())
+    finally:
+        for file in files.values():
+            file.close()
+    (folder / "arrays.json").write_text(json.dumps({name: np.dtype(kind).str for name, kind in kinds.items()}))
+
+
+class StoredTrees(Sequence[TokenTree]):
+    """The trees in a folder, one for each row of data that has something to train. A `TreeStore`."""
+
+    def __init__(self, folder: Path) -> None:
+        kinds: dict[str, str] = json.loads((folder / "arrays.json").read_text())
+        self._arrays: Columns = {name: _mapped(folder / f"{name}.bin", kind) for name, kind in kinds.items()}
+        self.sizes: Ids = self._arrays["sizes"]
+        self.longest: Ids = self._arrays["longest"]
+        self.unshared: Ids = self._arrays["unshared"]
+        self._starts = {name: _starts(self._arrays[name]) for name in ("sizes", "targets", "exchanges")}
+
+    @property
+    def lengths(self) -> Ids:
+        """(exchanges,) int32: prompt and completion of each exchange together."""
+        return self._arrays["lengths"]
+
+    @property
+    def hashes(self) -> NDArray[np.uint64]:
+        """(N,) uint64: rows with the same tokens have the same."""
+        return self._arrays["hash"]
+
+    def place(self, index: int) -> tuple[int, int]:
+        """The number of the file that a tree's row stands in, and its line."""
+        return int(self._arrays["file"][index]), int(self._arrays["line"][index])
+
+    def first_ids(self, index: int, start: int, stop: int) -> Ids:
+        """The ids from `start` to `stop` of a tree's first path, fewer if it is shorter."""
+        begin, end = self._starts["sizes"][index : index + 2]
+        if self._arrays["exchanges"][index] == 1:
+            return self._arrays["input_ids"][begin + start : min(begin + stop, end)]
+        return self[index].first_path[start:stop]
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    @overload
+    def __getitem__(self, index: int) -> TokenTree: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[TokenTree]: ...
+    def __getitem__(self, index: int | slice) -> TokenTree | list[TokenTree]:
+        if isinstance(index, slice):
+            return [self[each] for each in range(len(self))[index]]
+        index = range(len(self))[index]
+        tokens, targets, exchanges = (
+            slice(self._starts[name][index], self._starts[name][index + 1])
+            for name in ("sizes", "targets", "exchanges")
+        )
+        ends = self._arrays["subtree_end"][tokens]
+        return TokenTree(
+            self._arrays["input_ids"][tokens],
+            depths(ends),
+            ends,
+            self._arrays["target_rows"][targets],
+            self._arrays["target_ids"][targets],
+            self._arrays["target_weights"][targets],
+            self._arrays["target_exchange"][targets],
+            self._arrays["exchange_prompt"][exchanges],
+            np.full(exchanges.stop - exchanges.start, index),
+        )
+
+
+def _joined(arrays: Sequence[NDArray[Any]], kind: type[np.generic]) -> NDArray[Any]:
+    return np.concatenate(arrays).astype(kind, copy=False) if arrays else np.empty(0, kind)
+
+
+def _mapped(path: Path, kind: str) -> NDArray[Any]:
+    return np.memmap(path, np.dtype(kind), "r") if path.stat().st_size else np.empty(0, np.dtype(kind))
+
+
+def _starts(counts: NDArray[Any]) -> Ints:
+    return np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))
