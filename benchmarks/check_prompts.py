@@ -154,7 +154,9 @@ def _check_bos(row: EncodedRecord, ids: list[int], renderer: Renderer, result: R
     number = None if bos is None else backend.token_to_id(bos)
     adds = backend.encode("a", add_special_tokens=True).ids[0] == number
     if adds != (ids[:1] == [number]) or (adds and ids[1:2] == [number]):
-        result.differs(row.record, f"BOS: the tokenizer {'adds' if adds else 'does not add'} it, the prompt is {ids[:2]}")
+        result.differs(
+            row.record, f"BOS: the tokenizer {'adds' if adds else 'does not add'} it, the prompt is {ids[:2]}"
+        )
 
 
 def _check_completions(rows: Sequence[EncodedRecord], renderer: Renderer, reference: Any, result: Result) -> None:
@@ -221,7 +223,10 @@ def _trl_templates() -> Path | None:
 
 def _line(*cells: object) -> str:
     widths = (22, 16, 9, 9, 7, 8, 21, 6, 7)
-    return "  ".join(str(cell).ljust(w) if i < 2 else str(cell).rjust(w) for i, (cell, w) in enumerate(zip(cells, widths)))
+    return "  ".join(
+        str(cell).ljust(w) if i < 2 else str(cell).rjust(w)
+        for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
+    )
 
 
 def _conclude(results: dict[tuple[str, str], Result], seconds: float) -> int:

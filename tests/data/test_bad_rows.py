@@ -226,11 +226,19 @@ CORPUS = {
         0,
         [(1, "text, turn 2", "the answer is empty")],
     ),
-    "transcript order": (
+    "transcript goes on": (".jsonl", row(text="Human: a\n\nAssistant: b\n\nAssistant: c"), ["b\n\nc"], []),
+    "transcript with headings, nothing answered": (
         ".jsonl",
-        row(text="Human: a\n\nAssistant: b\n\nAssistant: c"),
+        row(text="### Instruction: a\n### Response:\n### Response: "),
         0,
-        [(1, "text, turn 3", "assistant follows assistant")],
+        [(1, "text, turn 2", "the answer is empty")],
+    ),
+    "pair with an empty answer": (
+        ".jsonl",
+        row(chosen="Human: a\n\nAssistant:", rejected="Human: a\n\nAssistant: b")
+        + row(prompt="a", chosen="b", rejected=""),
+        ["", "b"],
+        [],
     ),
     "prompts differ": (
         ".jsonl",

@@ -83,7 +83,7 @@ def _read_message(row: Row, field: str, item: Any) -> Turn | None:
     )
     # An empty answer that is not trained does no harm; some histories hold one.
     if len(row.problems) == known and not content.strip() and not calls and weight != 0:
-        if role == "assistant":
+        if role == "assistant" and not row.empty_answers:
             row.bad(f"{field}.{_content_key(item)}", f"the answer is empty: {described(content)}")
         elif role == "user":
             row.bad(f"{field}.{_content_key(item)}", f"the user's message is empty: {described(content)}")

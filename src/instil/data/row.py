@@ -24,10 +24,11 @@ class Row:
         values: Its columns.
 
     `used` holds the columns that were read, `problems` all that is wrong, `notes` what is worth a word in the
-    report, `unused` the keys below the columns that nothing reads (`messages[].id`).
+    report, `unused` the keys below the columns that nothing reads (`messages[].id`). `empty_answers` is whether an
+    answer may be empty.
     """
 
-    __slots__ = ("notes", "problems", "source", "unused", "used", "values")
+    __slots__ = ("empty_answers", "notes", "problems", "source", "unused", "used", "values")
 
     def __init__(self, source: Source, values: Mapping[str, Any]) -> None:
         self.source = source
@@ -36,6 +37,7 @@ class Row:
         self.problems: list[RowProblem] = []
         self.notes: set[str] = set()
         self.unused: set[str] = set()
+        self.empty_answers = False
 
     def bad(self, field: str, reason: str, remedy: str = "") -> None:
         """Adds a problem; of each field the first, for what is said of it next follows from that."""

@@ -384,6 +384,7 @@ def _read_labelled(row: Row, objective: Objective | None) -> Reading:
 def _read_preference(row: Row, objective: Objective | None) -> Reading:
     tools = read_tools(row, "tools")
     prompt = _pair_prompt(row)
+    row.empty_answers = objective != "supervised"  # such a pair teaches nothing, and is dropped and counted later
     chosen = _alternatives(row, "chosen", prompt)
     if len(chosen) > 1:
         row.bad("chosen", f"must be one answer, and holds {len(chosen)}")
@@ -427,10 +428,10 @@ def _alternatives(row: Row, column: str, prompt: Sequence[Turn] | None) -> list[
     if isinstance(value, str):
         if prompt is not None and not any(turn.message.role == "user" for turn in prompt):
             return [read_transcript(row, column)]
-        return [[Turn(column, Message("assistant", row.text(column)))]]
+        return [[Turn(column, Message("assistant", row.text(column, empty=row.empty_answers)))]]
     if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
         for index, item in enumerate(value):
-            if not item.strip():
+            if not item.strip() and not row.empty_answers:
                 row.bad(f"{column}[{index}]", f"the answer is empty: {described(item)}")
         return [[Turn(f"{column}[{index}]", Message("assistant", item))] for index, item in enumerate(value)]
     if isinstance(value, list) and value and all(isinstance(item, list) for item in value):
@@ -510,8 +511,9 @@ def _prompt_turns(row: Row) -> tuple[list[Turn] | None, list[tuple[Message, ...]
     if row.has("instruction"):
         return [*_system(row), *_history(row), _instructed(row)], []
     column = row.first("prompt", "question", "instruction", "turns", *_CHATS, "prefix")
-    row.text(column, empty=True)
-    row.missing("suffix")
+    if row.has(column):
+        column = "suffix"
+    row.text(column)
     return None, []
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from instil.conversation import Message
+from instil.conversation import Message, Role
 from instil.data.messages import Turn
 from instil.data.row import Row
 
@@ -24,7 +24,8 @@ def is_transcript(text: object) -> bool:
 def read_transcript(row: Row, column: str) -> list[Turn]:
     """The turns of the transcript in `column`, each text without the white space around it.
 
-    The turns' fields are `text, turn 1` and so on; no turns where the column holds no transcript.
+    The turns' fields are `text, turn 1` and so on; no turns where the column holds no transcript. A speaker who is
+    marked twice in a row goes on speaking.
     """
     text = row.text(column)
     if not is_transcript(text):
@@ -39,14 +40,19 @@ def read_transcript(row: Row, column: str) -> list[Turn]:
         if name == "Input" and turns and turns[-1].message.role == "user":
             turns[-1] = Turn(turns[-1].field, asked(turns[-1].message.content, said))
             continue
-        place = f"{column}, turn {len(turns) + 1}"
-        if name in _ANSWERS:
-            message = Message("assistant", said)
-        else:
-            message = asked(said, "") if name == "Instruction" else Message("user", said)
-        if not said:
-            row.bad(place, "the answer is empty" if name in _ANSWERS else "the user's message is empty")
-        turns.append(Turn(place, message))
+        role: Role = "assistant" if name in _ANSWERS else "user"
+        if turns and turns[-1].message.role == role:
+            row.notes.add("a speaker is marked twice in a row in a transcript; what was said is joined")
+            whole = "\n\n".join(filter(None, (turns[-1].message.content, said)))
+            turns[-1] = Turn(turns[-1].field, Message(role, whole))
+            continue
+        message = asked(said, "") if name == "Instruction" else Message(role, said)
+        turns.append(Turn(f"{column}, turn {len(turns) + 1}", message))
+    for place, message in turns:
+        if not message.content and message.role == "user":
+            row.bad(place, "the user's message is empty")
+        elif not message.content and not row.empty_answers:
+            row.bad(place, "the answer is empty")
     return turns
 
 

@@ -217,8 +217,8 @@ class Renderer:
             frozenset(at + moved for at in whole.plain_at if at >= len(head))
             | {start + found.start() for found in self.encoder.pattern.finditer(reasoning) if found[0] in spelled},
             (
-                *(replace(span, start=span.start + moved, end=span.end + moved) for span in whole.spans),
                 Span(number, True, start, start + len(reasoning)),
+                *(replace(span, start=span.start + moved, end=span.end + moved) for span in whole.spans),
             ),
         )
 

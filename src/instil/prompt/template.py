@@ -15,6 +15,15 @@ from typing import Any
 from instil.errors import TemplateError, UsageError, nearest
 from instil.prompt.tokenizer import Tokenizer
 
+_SET_BY_RENDERING = (
+    "messages",
+    "conversations",
+    "tools",
+    "chat_template",
+    "add_generation_prompt",
+    "continue_final_message",
+    "return_assistant_tokens_mask",
+)
 _DECLARATION = re.compile(r"\{#-?\s*(?P<key>description|special_tokens):\s*(?P<value>.*?)\s*-?#\}", re.DOTALL)
 
 
@@ -106,9 +115,11 @@ def load_template(
         arguments: Template arguments.
 
     Raises:
-        UsageError: No built-in template and no file has this name.
+        UsageError: No built-in template and no file has this name, or an argument is one that rendering itself sets.
         TemplateError: The tokenizer has no template of its own, or the source is no Jinja template.
     """
+    for argument in set(arguments or ()).intersection(_SET_BY_RENDERING):
+        raise UsageError(f"--template-args {argument}: rendering sets this itself", "Leave it out.")
     known = builtin_templates()
     if choice is None:
         if not tokenizer.chat_template:

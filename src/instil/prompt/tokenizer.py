@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,11 @@ from numpy.typing import NDArray
 from instil.errors import TokenizerError
 
 _ANCHOR = "\U0010fffdinstil\U0010fffd"  # cut out of the text like any added token, so what follows is no longer first
+_SPACE = (
+    "\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
+    "\u2028\u2029\u202f\u205f\u3000"
+)
+_SPACES = re.compile(f"[{_SPACE}]*")  # what a token with lstrip or rstrip swallows; Python's own strip takes more
 _MEMO_LIMIT = 100_000
 _NO_LIMIT = 1e9  # tokenizers that know no limit state an enormous one
 
@@ -182,6 +188,7 @@ class Encoder:
         self._plain = _plain_tokenizer(state, self.controls)
         self._continuing = _plain_tokenizer(_without_dummy_prefix(state), self.controls)
         self._first_differs = _first_differs(state)
+        self._steering = frozenset(self.controls.values()) - {_unknown(state["model"], tokenizer.backend)}
         self._memo: dict[tuple[str, bool], list[int]] = {}
 
     def cut(self, text: str, plain_at: frozenset[int] = frozenset()) -> list[Piece]:
@@ -194,14 +201,12 @@ class Encoder:
         pieces, at, found = [], 0, self.pattern.search(text)
         while found:
             name, (start, end) = found[0], found.span()
-            if start in plain_at:
-                end = start + 1
-            elif name in self.controls:
+            if start not in plain_at and name in self.controls:
                 left, right = self._swallows[name]
                 if left:
-                    start = max(at, len(text[at:start].rstrip()) + at)
-                if right:
-                    end += len(text) - end - len(text[end:].lstrip())
+                    start = at + len(text[at:start].rstrip(_SPACE))
+                if right and (spaces := _SPACES.match(text, end)):
+                    end = spaces.end()
                 if start > at:
                     pieces.append(Piece(text[at:start], at, start, None))
                 pieces.append(Piece(text[start:end], start, end, self.controls[name]))
@@ -219,8 +224,9 @@ class Encoder:
         encodings = self._plain.encode_batch_fast(
             [text if first else _ANCHOR + text for text, first in new], add_special_tokens=False
         )
-        for key, encoding in zip(new, encodings, strict=True):
-            self._memo[key] = self._kept_plain(key[0], encoding.ids if key[1] else encoding.ids[1:])
+        for (text, first), encoding in zip(new, encodings, strict=True):
+            ids = encoding.ids if first else encoding.ids[1:]
+            self._memo[text, first] = ids if self._steering.isdisjoint(ids) else self._tokens(text, first=first)[0]
 
     def encode_plain(self, text: str, *, first: bool) -> list[int]:
         """The ids of a plain piece. The list is shared: do not change it."""
@@ -248,7 +254,7 @@ class Encoder:
             elif piece.start:
                 ids += self.encode_plain(piece.text, first=False)
             else:
-                ids += self._continued(piece.text)
+                ids += self._tokens(piece.text, continued=True)[0]
         return ids
 
     def places(self, text: str, plain_at: frozenset[int] = frozenset(), *, continuation: bool = False) -> Places:
@@ -259,10 +265,8 @@ class Encoder:
                 places.append(np.array([[piece.start, piece.end]]))
                 continue
             begins = not piece.start
-            backend = self._continuing if begins and continuation else self._plain
-            skip = len(_ANCHOR) if self._first_differs and not (begins and not continuation) else 0
-            found = backend.encode(_ANCHOR[:skip] + piece.text, add_special_tokens=False).offsets
-            places.append(np.asarray(found[bool(skip) :], np.int64).reshape(-1, 2) + (piece.start - skip))
+            tokens = self._tokens(piece.text, first=begins, continued=begins and continuation)
+            places.append(np.asarray(tokens[1], np.int64).reshape(-1, 2) + piece.start)
         return np.concatenate(places)
 
     def spelled(self, text: str) -> list[str]:
@@ -272,17 +276,29 @@ class Encoder:
     def _key(self, piece: tuple[str, bool]) -> tuple[str, bool]:
         return piece if self._first_differs else (piece[0], True)
 
-    def _continued(self, text: str) -> list[int]:
-        return self._kept_plain(text, self._continuing.encode(_ANCHOR + text, add_special_tokens=False).ids[1:])
+    def _tokens(
+        self, text: str, *, first: bool = False, continued: bool = False
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of plain text and where each stands in it.
 
-    def _kept_plain(self, text: str, ids: list[int]) -> list[int]:
-        """The ids of plain text, with what it spells broken where the vocabulary itself makes a control token of it."""
-        for name in self.spelled(text):
-            if self.controls[name] in ids:
-                middle = text.index(name) + 1
-                head = self._plain.encode(text[:middle], add_special_tokens=False).ids
-                return head + self._continued(text[middle:])
-        return ids
+        Where the vocabulary itself holds a control token and makes it of plain text, that text is broken in two.
+        """
+        backend = self._continuing if continued else self._plain
+        ahead = "" if first and not continued else _ANCHOR
+        encoding = backend.encode(ahead + text, add_special_tokens=False)
+        ids = encoding.ids[bool(ahead) :]
+        places = [(start - len(ahead), end - len(ahead)) for start, end in encoding.offsets[bool(ahead) :]]
+        breaks = [
+            at + 1 for number, (at, end) in zip(ids, places, strict=True) if number in self._steering and end > at + 1
+        ]
+        if not breaks:
+            return ids, places
+        ids, places = [], []
+        for at, end in pairwise([0, *breaks, len(text)]):
+            part, part_places = self._tokens(text[at:end], first=first and not at, continued=continued or at > 0)
+            ids += part
+            places += [(at + start, at + stop) for start, stop in part_places]
+        return ids, places
 
 
 def _cut_pattern(added: Mapping[str, Mapping[str, Any]], controls: Mapping[str, int]) -> re.Pattern[str]:
@@ -336,6 +352,12 @@ def _without_dummy_prefix(state: Mapping[str, Any]) -> dict[str, Any]:
     if normalizer and normalizer.get("type") == "Prepend":
         normalizer = None
     return {**state, "normalizer": change(normalizer), "pre_tokenizer": change(state["pre_tokenizer"])}
+
+
+def _unknown(model: Mapping[str, Any], backend: tokenizers.Tokenizer) -> int | None:
+    """The id of what the vocabulary does not know: a special token that plain text is allowed to be."""
+    name = model.get("unk_token")
+    return model.get("unk_id") if name is None else backend.token_to_id(name)
 
 
 def _first_differs(state: Mapping[str, Any]) -> bool:
