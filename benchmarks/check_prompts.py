@@ -202,7 +202,8 @@ def _readable(folder: Path, rows: int | None) -> Iterator[tuple[str, list[Record
         try:
             records = list(instil.read(path, on_bad_row="skip"))
         except DataError as error:
-            print(f"not readable: {name}: {(error.problems or [error])[0]}"[:160])
+            reason = str((error.problems or [error])[0]).removeprefix(f"{path}: ")
+            print(f"not readable: {name}: {reason[:60]}")
             continue
         if not records:
             print(f"not readable: {name}: no row of a known shape")

@@ -1,8 +1,9 @@
 """Instil: instruction tuning that trains the very tokens it will serve, and shows them.
 
-    records = instil.read("instructions.jsonl")       # rows of any common shape, as a stream
-    exchanges = instil.exchanges(records, ...)        # each answer with the prompt it is served under
-    batches = instil.pack(exchanges, ...)             # token trees in packed batches
+    records = instil.read("instructions.jsonl")              # rows of any common shape, as a stream
+    rows = instil.exchanges(records, "my-model")             # each answer with the prompt it is served under
+    prepared = instil.prepare(records, "my-model")           # the same as token trees, on all cores, cached if asked
+    batches = instil.pack(prepared.trees, 8192)              # packed batches
 
 Each name is loaded when it is first used, so `import instil` costs next to nothing.
 """
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from instil.conversation import Conversation, Message, Record, Source
-    from instil.data import read
+    from instil.data import Records, read
     from instil.errors import (
         DataError,
         InstilError,
@@ -22,34 +23,43 @@ if TYPE_CHECKING:
         TokenizerError,
         UsageError,
     )
-    from instil.packing import PackedBatch, TokenTree, pack
-    from instil.prompt import Exchange, exchanges
+    from instil.packing import PackedBatch, Packs, Prepared, StoredTrees, TokenTree, expand, pack, prepare
+    from instil.prompt import EncodedRecord, Exchange, PromptOptions, exchanges, load_tokenizer
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Conversation",
     "DataError",
+    "EncodedRecord",
     "Exchange",
     "InstilError",
     "Message",
     "PackedBatch",
     "PackingError",
+    "Packs",
+    "Prepared",
+    "PromptOptions",
     "Record",
+    "Records",
     "RowProblem",
     "Source",
+    "StoredTrees",
     "TemplateError",
     "TokenTree",
     "TokenizerError",
     "UsageError",
     "exchanges",
+    "expand",
+    "load_tokenizer",
     "pack",
+    "prepare",
     "read",
 ]
 
 _HOMES = {
     "instil.conversation": ("Conversation", "Message", "Record", "Source"),
-    "instil.data": ("read",),
+    "instil.data": ("Records", "read"),
     "instil.errors": (
         "DataError",
         "InstilError",
@@ -59,8 +69,8 @@ _HOMES = {
         "TokenizerError",
         "UsageError",
     ),
-    "instil.packing": ("PackedBatch", "TokenTree", "pack"),
-    "instil.prompt": ("Exchange", "exchanges"),
+    "instil.packing": ("PackedBatch", "Packs", "Prepared", "StoredTrees", "TokenTree", "expand", "pack", "prepare"),
+    "instil.prompt": ("EncodedRecord", "Exchange", "PromptOptions", "exchanges", "load_tokenizer"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -153,7 +153,8 @@ def test_the_stop_token(template, completion):
 
 CALLS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-    "{% for t in m.tool_calls or [] %}<tool_call>{{ t.function | tojson }}</tool_call>{% endfor %}END{{ '\n' }}{% endfor %}"
+    "{% for t in m.tool_calls or [] %}<tool_call>{{ t.function | tojson }}</tool_call>{% endfor %}END{{ '\n' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -201,8 +202,10 @@ def test_a_second_call_dropped_is_an_error():
     template = TURNS.replace(
         "{{ m.content }}", "{{ m.tool_calls[0].function | tojson if m.tool_calls else m.content }}"
     )
+    renderer = renderer_of(template)
+    assert "find" in renderer.exchange(chat(user("a"), assistant("", tool_calls=(call(q="b"),))), 1).completion
     with pytest.raises(TemplateError, match="leaves out the tool call"):
-        renderer_of(template).exchange(chat(user("a"), assistant("", tool_calls=(call(q="b"), call(q="c")))), 1)
+        renderer.exchange(chat(user("a"), assistant("", tool_calls=(call(q="b"), call(q="c")))), 1)
 
 
 def test_a_changed_answer_is_an_error():
@@ -222,8 +225,8 @@ def test_a_prompt_that_is_no_prefix():
     renderer = renderer_of(TURNS.replace("assistant\n{%", "assistant:\n{%"))
     with pytest.raises(TemplateError) as error:
         renderer.exchange(chat(user("a"), assistant("b")), 1)
-    assert r"the prompt goes on 'ser\na<|im_end|>\n<|im_start|>assistant:\n'" in error.value.message
-    assert r"the rendering 'ser\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n'" in error.value.message
+    assert r"the prompt goes on 'im_end|>\n<|im_start|>assistant:\n'" in error.value.message
+    assert r"the rendering 'im_end|>\n<|im_start|>assistant\nb<|im_end|>\n'" in error.value.message
     assert "choose another, or mend it" in error.value.remedy
 
 
@@ -286,7 +289,14 @@ def test_spelled_control_tokens_stay_plain():
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"q": "<|im_end|>"}, {"<|im_end|>": 1}, {"role": "<|im_end|>"}, {"q": [{"role": ["<|im_end|>"]}]}]
+    "arguments",
+    [
+        {"q": "<|im_end|>"},
+        {"q": "</tool_call><think>"},
+        {"<|im_end|>": 1},
+        {"role": "<|im_end|>"},
+        {"q": [{"role": ["<|im_end|>"]}]},
+    ],
 )
 def test_arguments_stay_plain(arguments):
     renderer = renderer_of(QWEN)
@@ -310,6 +320,14 @@ def test_an_answers_markers_are_meant_and_its_turns_are_not():
     assert controls(renderer, exchange) == [
         *ASKED, "<think>", "</think>", "<tool_call>", "</tool_call>", "<|im_end|>",
     ]  # fmt: skip
+
+
+def test_markers_are_an_answers_though_a_default_system_message_explains_them():
+    explained = "<|im_start|>system\nThink between <think> and </think>.<|im_end|>\n" + TURNS
+    renderer = renderer_of(explained)
+    exchange = renderer.exchange(chat(user("<think>"), assistant("<think>x</think>b")), 1)
+    said = ["<|im_start|>", "<think>", "</think>", "<|im_end|>"]
+    assert controls(renderer, exchange) == [*said, *ASKED, "<think>", "</think>", "<|im_end|>"]
 
 
 @pytest.mark.parametrize(
@@ -456,6 +474,39 @@ def test_template_arguments():
     assert renderer.exchange(chat(user("a"), assistant("b")), 1).completion == "b<|im_end|>"
     with pytest.raises(UsageError, match="add_generation_prompt"):
         renderer_of(TURNS, add_generation_prompt=True)
+
+
+# The template itself.
+
+
+@pytest.mark.parametrize(
+    ("template", "error", "message"),
+    [
+        ("chatlm", UsageError, "no built-in template and no readable file\n.*did you mean 'chatml'"),
+        ("{% if %}", TemplateError, "tokenizer:1: not a Jinja template"),
+        ('{#- special_tokens: "<|a|>" -#}', TemplateError, 'no JSON object or list of names: "<|a|>"'),
+        ("{#- special_tokens: <|a|> -#}", TemplateError, "no JSON object or list of names: <|a|>"),
+    ],
+)
+def test_what_is_no_template(template, error, message):
+    with pytest.raises(error, match=message.replace("|", r"\|")):
+        renderer_of(template)
+
+
+def test_a_tokenizer_without_a_template():
+    tokenizer = renderer_of(TURNS).tokenizer
+    tokenizer.chat_template = None
+    with pytest.raises(TemplateError, match=r"no chat template of its own\n.*alpaca, chatml"):
+        load_template(None, tokenizer)
+
+
+@pytest.mark.parametrize("declared", ['["<|a|>", "<|b|>"]', '{"<|a|>": "opens", "<|b|>": "closes"}'])
+def test_a_file_declares_its_tokens(tmp_path, declared):
+    file = tmp_path / "mine.jinja"
+    file.write_text(f"{{#- special_tokens: {declared} -#}}{TURNS}", "utf-8")
+    tokenizer = renderer_of(TURNS).tokenizer
+    load_template(file, tokenizer)
+    assert tokenizer.added == ("<|a|>", "<|b|>")
 
 
 # Any conversation.

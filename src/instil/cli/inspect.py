@@ -109,13 +109,7 @@ def _summarize(records: Records, options: InspectOptions) -> None:
         cache=cache_folder(options.cache_dir) if options.cache else None,
         count_roles=True,
     )
-    packs = pack(
-        prepared.trees,
-        options.tokens_per_batch,
-        seed=options.seed,
-        share_prefixes=options.share_prefixes,
-        name=prepared.name,
-    )
+    packs = pack(prepared.trees, options.tokens_per_batch, seed=options.seed, share_prefixes=options.share_prefixes)
     described = prepared.describe(packs.report)
     if options.as_json:
         sys.stdout.write(json.dumps(described, ensure_ascii=False) + "\n")

@@ -34,7 +34,7 @@ app.command("instil.cli.quickstart:quickstart", name="quickstart")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; exit with 2 on an error of the user, with 130 on Ctrl-C."""
     try:
-        tokens = list(sys.argv[1:] if arguments is None else arguments)
+        tokens = _with_standard_input(sys.argv[1:] if arguments is None else arguments)
         app.config = [_configuration(tokens)] if "--config" in tokens else []
         app(tokens, exit_on_error=False, print_error=False)
     except InstilError as error:
@@ -46,6 +46,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(141)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
+
+
+def _with_standard_input(arguments: Sequence[str]) -> list[str]:
+    """The arguments with a lone `-` among the data written so that it is not taken for a flag."""
+    tokens: list[str] = []
+    for at, token in enumerate(arguments):
+        if token != "-":
+            tokens.append(token)
+            continue
+        if tokens[-1:] == ["--data"]:
+            tokens.pop()
+        tokens.append("--data=-")
+        if at + 1 < len(arguments) and not arguments[at + 1].startswith("-"):
+            tokens.append("--data")
+    return tokens
 
 
 def _configuration(tokens: list[str]) -> Yaml:

@@ -169,7 +169,7 @@ def pack(
     epoch: int = 0,
     share_prefixes: Sharing = "auto",
     records: Ids | None = None,
-    name: Name = str,
+    name: Name | None = None,
 ) -> Packs:
     """Pack rows into batches of at most `tokens_per_batch` tokens, each exchange into exactly one.
 
@@ -180,7 +180,7 @@ def pack(
         epoch: Counted from 0; each packs the rows anew.
         share_prefixes: Whether rows that begin alike share their prefix. `auto`: if it saves 3 % of the tokens.
         records: (N,) the indices of the rows to pack, without repeats; None for all.
-        name: What to call a row in an error, by its index.
+        name: What to call a row in an error, by its index; None for the trees' own name, or else the index.
 
     Raises:
         PackingError: Rows whose longest exchange does not fit a batch, all of them named.
@@ -205,10 +205,10 @@ def plan(
     epoch: int = 0,
     share_prefixes: Sharing = "auto",
     records: Ids | None = None,
-    name: Name = str,
+    name: Name | None = None,
 ) -> Plan:
     """What `pack` builds batches from; the arguments and errors are those of `pack`."""
-    items = _Items.of(trees, records, tokens_per_batch, name)
+    items = _Items.of(trees, records, tokens_per_batch, _naming(trees, name))
     rng = np.random.default_rng((seed, epoch))
     alike = None if share_prefixes == "off" else _Alike.of(items)
     pieces = _Pieces.one_by_one(items.sizes) if alike is None else _Pieces.of(items, alike, tokens_per_batch, rng)
@@ -240,7 +240,7 @@ def deal(
     seed: int = 0,
     epoch: int = 0,
     records: Ids | None = None,
-    name: Name = str,
+    name: Name | None = None,
 ) -> Ints:
     """The order in which an epoch's rows are best met, whether or not they will share their prefixes.
 
@@ -251,7 +251,7 @@ def deal(
     Returns:
         (N,) int64, the indices of the rows.
     """
-    items = _Items.of(trees, records, tokens_per_batch, name)
+    items = _Items.of(trees, records, tokens_per_batch, _naming(trees, name))
     rng = np.random.default_rng((seed, epoch))
     pieces = _Pieces.of(items, _Alike.of(items), tokens_per_batch, rng)
     place = rng.permutation(len(pieces.sizes))[pieces.number]
@@ -259,6 +259,11 @@ def deal(
     dealt = items.records[shuffled[np.argsort(place[shuffled], kind="stable")]]
     # A row too large for a batch is several items; it is met where the first of them is.
     return dealt[np.sort(np.unique(dealt, return_index=True)[1])]
+
+
+def _naming(trees: Sequence[TokenTree], name: Name | None) -> Name:
+    own: Name = getattr(trees, "name", str)
+    return name or own
 
 
 def _resolve(share_prefixes: Sharing, items: _Items, pieces: _Pieces, budget: int) -> tuple[Literal["on", "off"], str]:

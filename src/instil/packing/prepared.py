@@ -40,7 +40,6 @@ class Prepared:
     Args:
         trees: One token tree for each row that has something to train.
         summary: What the rows came to.
-        files: The files of the data, by number.
         stop_tokens: The tokens that end an answer: what generation must stop at.
         added_tokens: The special tokens that the template needed and the tokenizer lacked.
         report: What was met while reading: shapes, unused columns, notes.
@@ -49,16 +48,10 @@ class Prepared:
 
     trees: StoredTrees
     summary: Summary
-    files: tuple[str, ...]
     stop_tokens: tuple[str, ...]
     added_tokens: tuple[str, ...]
     report: dict[str, Any]
     cached: bool = False
-
-    def name(self, index: int) -> str:
-        """Where the row of a tree stands, as `file:line`."""
-        file, line = self.trees.place(index)
-        return f"{self.files[file]}:{line}"
 
     def describe(self, packs: Report | None = None) -> dict[str, Any]:
         """Everything counted, as plain JSON values; with a packing's report, that too."""
@@ -274,13 +267,12 @@ def _hash(row: EncodedRecord) -> int:
 
 def _tally_duplicates(folder: Path, summary: Summary, files: Sequence[str]) -> None:
     """Count the rows whose tokens are those of an earlier row."""
-    trees = StoredTrees(folder)
+    trees = StoredTrees(folder, files)
     _, first = np.unique(trees.hashes, return_index=True)
     again = np.ones(len(trees), np.bool_)
     again[first] = False
     for index in np.flatnonzero(again).tolist():
-        file, line = trees.place(index)
-        summary.tally("duplicate", "same tokens").add(f"{files[file]}:{line}")
+        summary.tally("duplicate", "same tokens").add(trees.name(index))
 
 
 def _report(records: Records) -> dict[str, Any]:
@@ -298,9 +290,8 @@ def _report(records: Records) -> dict[str, Any]:
 def _load(folder: Path, *, cached: bool = False) -> Prepared:
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     return Prepared(
-        StoredTrees(folder),
+        StoredTrees(folder, meta["files"]),
         Summary.from_json(meta["summary"]),
-        tuple(meta["files"]),
         tuple(meta["stop_tokens"]),
         tuple(meta["added_tokens"]),
         meta["report"],

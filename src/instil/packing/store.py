@@ -71,9 +71,15 @@ def write(folder: Path, chunks: Iterable[Columns]) -> None:
 
 
 class StoredTrees(Sequence[TokenTree]):
-    """The trees in a folder, one for each row of data that has something to train. A `TreeStore`."""
+    """The trees in a folder, one for each row of data that has something to train. A `TreeStore`.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: Where `write` put them.
+        files: The files of the data, by number.
+    """
+
+    def __init__(self, folder: Path, files: Sequence[str]) -> None:
+        self.files = tuple(files)
         kinds: dict[str, str] = json.loads((folder / "arrays.json").read_text())
         self._arrays: Columns = {name: _mapped(folder / f"{name}.bin", kind) for name, kind in kinds.items()}
         self.sizes: Ids = self._arrays["sizes"]
@@ -91,9 +97,9 @@ class StoredTrees(Sequence[TokenTree]):
         """(N,) uint64: rows with the same tokens have the same."""
         return self._arrays["hash"]
 
-    def place(self, index: int) -> tuple[int, int]:
-        """The number of the file that a tree's row stands in, and its line."""
-        return int(self._arrays["file"][index]), int(self._arrays["line"][index])
+    def name(self, index: int) -> str:
+        """Where the row of a tree stands, as `file:line`."""
+        return f"{self.files[self._arrays['file'][index]]}:{self._arrays['line'][index]}"
 
     def first_ids(self, index: int, start: int, stop: int) -> Ids:
         """The ids from `start` to `stop` of a tree's first path, fewer if it is shorter."""

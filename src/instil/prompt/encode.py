@@ -123,7 +123,7 @@ class RecordEncoder:
         if record.kind == "text":
             return [_Draft(conversation, numbers, 0, label, self.renderer.document(conversation.messages[0]))]
         if record.kind == "prompt":
-            return [_Draft(conversation, numbers, len(numbers), label, self.renderer.prompt(conversation))]
+            return [_Draft(conversation, numbers, len(numbers), label, self._text(conversation, len(numbers)))]
         only_last = self.options.train_on == "last" or record.kind in ("preference", "labelled")
         return [
             _Draft(conversation, numbers, turn, label, self._text(conversation, turn))
@@ -131,6 +131,8 @@ class RecordEncoder:
         ]
 
     def _text(self, conversation: Conversation, turn: int) -> TextExchange:
+        if turn == len(conversation.messages):
+            return self.renderer.prompt(conversation)
         answer = conversation.messages[turn]
         weighed = any(self._prompt_weight(message) for message in conversation.messages[:turn])
         masked = not self.options.train_reasoning and (answer.reasoning_content or "</think>" in answer.content)
@@ -194,13 +196,12 @@ class RecordEncoder:
         )
 
     def _count(self, draft: _Draft, exchange: Exchange, tokens: Counter[str], trained: Counter[str]) -> None:
-        places = token_places(self.encoder, draft.text, exchange.boundary)[: len(exchange)]
+        places = word_places(self.encoder, draft.text, exchange.boundary)[: len(exchange)]
         weighed = np.concatenate([exchange.prompt_weights, exchange.completion_weights]) > 0
         role = np.full(len(places), len(ROLES))
         role[len(exchange.prompt_ids) :] = ROLES.index("assistant")
         for span in draft.text.spans:
-            inside = (places[:, 0] >= span.start) & (places[:, 1] <= span.end)
-            role[inside] = ROLES.index(draft.conversation.messages[span.message].role)
+            role[_within(places, span)] = ROLES.index(draft.conversation.messages[span.message].role)
         for number, name in enumerate((*ROLES, "template")):
             tokens[name] += int((role == number).sum())
             trained[name] += int(weighed[role == number].sum())
@@ -218,10 +219,13 @@ class RecordEncoder:
                 "Raise --max-length, or choose --on-too-long drop, cut-prompt or cut-completion.",
             )
         if policy == "cut-completion" and (room := limit - len(exchange.prompt_ids)) > 0:
-            ids = exchange.completion_ids[:room]
-            text = self.renderer.tokenizer.decode(ids)
-            weights = exchange.completion_weights[:room]
-            shorter = replace(exchange, completion_ids=ids, completion_weights=weights, completion_text=text)
+            end = token_places(self.encoder, draft.text, exchange.boundary)[limit - 1, 1]
+            shorter = replace(
+                exchange,
+                completion_text=draft.text.full[len(draft.text.prompt) : end],
+                completion_ids=exchange.completion_ids[:room],
+                completion_weights=exchange.completion_weights[:room],
+            )
             return shorter, f"completion cut: {reason}", draft
         if policy == "cut-prompt":
             while (rest := _without_oldest_turn(draft)) is not None:
@@ -241,11 +245,9 @@ class RecordEncoder:
             weights[len(prompt_ids) :] = 1.0 if answer.weight is None else answer.weight
         spans = [] if text.first_plain else self._weighed_spans(draft, seen)
         if spans:
-            places = token_places(encoder, text, boundary)
+            places = word_places(encoder, text, boundary)
             for span, weight in spans:
-                weights[(places[:, 0] >= span.start) & (places[:, 1] <= span.end) & (places[:, 1] > places[:, 0])] = (
-                    weight
-                )
+                weights[_within(places, span)] = weight
         return Exchange(
             text.prompt,
             text.completion,
@@ -308,8 +310,8 @@ def encode_seam(encoder: Encoder, text: TextExchange) -> tuple[list[int], list[i
         ends = {piece.end for piece in encoder.cut(text.full, text.plain_at)}
         return prompt, full[len(prompt) :], "special" if seam in ends else "compared"
     completion = encoder.encode_continuation(text.completion, _shifted(text))
-    decode = encoder.tokenizer.decode
-    if decode(prompt + completion) not in (decode(full), text.full):
+    decoded = encoder.tokenizer.decode(prompt + completion)
+    if decoded != text.full and decoded != encoder.tokenizer.decode(full):
         raise TemplateError(
             f"a token straddles the end of the prompt ({text.prompt[-20:]!r} + {text.completion[:20]!r}), and the "
             "two encoded apart do not decode to the same text",
@@ -320,10 +322,27 @@ def encode_seam(encoder: Encoder, text: TextExchange) -> tuple[list[int], list[i
 
 def token_places(encoder: Encoder, text: TextExchange, boundary: Boundary) -> NDArray[np.int64]:
     """Where each token of an exchange stands in its text: (P + C, 2) int64, start and end in characters."""
-    if boundary != "split":
+    if boundary != "split" and not text.first_plain:
         return encoder.places(text.full, text.plain_at)
-    completion = encoder.places(text.completion, _shifted(text), continuation=True)
+    completion = encoder.places(text.completion, _shifted(text), continuation=not text.first_plain)
     return np.concatenate([encoder.places(text.prompt, text.plain_at), completion + len(text.prompt)])
+
+
+def word_places(encoder: Encoder, text: TextExchange, boundary: Boundary) -> NDArray[np.int64]:
+    """As `token_places`, less the white space around each token's word: a template's space or line break often shares
+    a token with the first or last word of a message, which is the message's all the same.
+    """
+    places = token_places(encoder, text, boundary)
+    for number, (start, end) in enumerate(places.tolist()):
+        token = text.full[start:end]
+        if word := token.strip():
+            start += token.index(word)
+            places[number] = start, start + len(word)
+    return places
+
+
+def _within(places: NDArray[np.int64], span: Span) -> NDArray[np.bool_]:
+    return (places[:, 0] >= span.start) & (places[:, 1] <= span.end) & (places[:, 1] > places[:, 0])
 
 
 def _shifted(text: TextExchange) -> frozenset[int]:
@@ -336,19 +355,19 @@ def _trained_turns(conversation: Conversation, only_last: bool) -> list[int]:
 
 
 def _without_oldest_turn(draft: _Draft) -> _Draft | None:
-    """The draft less its oldest turn (a user message and all up to the next), if more than one stands before the
-    answer; system messages stay.
+    """The draft less its oldest turn (all up to the second user message), if more than one stands before the answer;
+    system messages stay.
     """
     messages = draft.conversation.messages
     users = [i for i in range(draft.turn) if messages[i].role == "user"]
     if len(users) < 2:
         return None
-    keep = [i for i in range(len(messages)) if i < users[0] or i >= users[1]]
+    keep = [i for i, message in enumerate(messages) if i >= users[1] or message.role in ("system", "developer")]
     return replace(
         draft,
         conversation=replace(draft.conversation, messages=tuple(messages[i] for i in keep)),
         numbers=[draft.numbers[i] for i in keep],
-        turn=draft.turn - (users[1] - users[0]),
+        turn=draft.turn - (len(messages) - len(keep)),
     )
 
 

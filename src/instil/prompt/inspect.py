@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+_BETWEEN = "│"
 _VISIBLE = str.maketrans({" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"})
 
 PROOFS = {
@@ -115,7 +116,7 @@ def to_text(row: EncodedRecord, texts: TokenText, control: frozenset[int]) -> Te
                     trained = shown.weight
                 style = ("green " if shown.weight else "") + ("bold cyan" if shown.control and not shown.weight else "")
                 out.append(shown.text, style.strip() or ("dim" if part == "prompt" else ""))
-                out.append("\n" if shown.ends_line else "|", "" if shown.ends_line else "dim")
+                out.append("\n" if shown.ends_line else _BETWEEN, "" if shown.ends_line else "dim")
         out.append("⟧\n" if trained else "\n", "green")
     return out
 

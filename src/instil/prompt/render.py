@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -163,12 +163,9 @@ class Renderer:
         if not any(map(self._spelled, _texts([*messages, *tools]))):
             return _Rendering(plain, frozenset(), spans)
         (mark,) = _unused(plain, 1)
-        for breakable in (self.encoder.controls.keys(), self.structure):
-            broken = [
-                {**_map_texts(message, self._breaker(message["role"], breakable, mark)), "role": message["role"]}
-                for message in messages
-            ]
-            broken_tools = [_map_texts(tool, self._breaker("system", breakable, mark)) for tool in tools]
+        for breakable in (frozenset(self.encoder.controls), self.structure):
+            broken = [self._broken_message(message, breakable, mark) for message in messages]
+            broken_tools = [self._broken(tool, breakable, mark) for tool in tools]
             text = self._call(broken, broken_tools, answer=answer)
             if text.replace(mark, "") == plain:
                 breaks = (found.start() for found in re.finditer(mark, text))
@@ -211,11 +208,10 @@ class Renderer:
             return whole
         text = f"{prompt}{reasoning}\n</think>\n\n" + rest.lstrip("\n")
         start, moved = len(prompt), len(text) - len(whole.text)
-        spelled = self.encoder.controls.keys() - self.markers
         return _Rendering(
             text,
             frozenset(at + moved for at in whole.plain_at if at >= len(head))
-            | {start + found.start() for found in self.encoder.pattern.finditer(reasoning) if found[0] in spelled},
+            | {start + found.start() for found in self.encoder.pattern.finditer(reasoning)},
             (
                 Span(number, True, start, start + len(reasoning)),
                 *(replace(span, start=span.start + moved, end=span.end + moved) for span in whole.spans),
@@ -297,9 +293,8 @@ class Renderer:
                 asked, opened = (self.encoder.spelled(self._call(messages, answer=answer)) for answer in (False, True))
             except TemplateError:
                 continue
-            names.update(asked)
-            # An answer may think again where its prompt has opened that.
-            names.update(name for name in opened if "think" not in name)
+            # Think markers are an answer's, also where the prompt opens one or a default system message explains them.
+            names.update(name for name in asked + opened if "think" not in name)
         for answer in (_ANSWER, {**_ANSWER, "tool_calls": [_CALL]}):
             with suppress(TemplateError):
                 names.add(self._find_ending([_USER, answer], ()).stop)
@@ -308,14 +303,21 @@ class Renderer:
     def _spelled(self, text: str) -> bool:
         return bool(self.encoder.pattern.search(text)) and bool(self.encoder.spelled(text))
 
-    def _breaker(self, role: str, breakable: Iterable[str], mark: str) -> Callable[[str], str]:
-        """What puts a mark into each control token that a text spells; an assistant's markers are meant."""
-        names = frozenset(breakable) - (self.markers if role == "assistant" else frozenset())
+    def _broken(self, node: Any, breakable: frozenset[str], mark: str) -> Any:
+        """The texts of a message or tool with a mark in each control token that they spell."""
 
         def put(found: re.Match[str]) -> str:
-            return found[0][0] + mark + found[0][1:] if found[0] in names else found[0]
+            return found[0][0] + mark + found[0][1:] if found[0] in breakable else found[0]
 
-        return lambda text: self.encoder.pattern.sub(put, text)
+        return _map_texts(node, lambda text: self.encoder.pattern.sub(put, text))
+
+    def _broken_message(self, message: Wire, breakable: frozenset[str], mark: str) -> Wire:
+        """The same for a message; the markers in what an assistant says are meant."""
+        meant = {"content": self.markers} if message["role"] == "assistant" else {}
+        return {
+            key: value if key == "role" else self._broken(value, breakable - meant.get(key, frozenset()), mark)
+            for key, value in message.items()
+        }
 
     def _call(self, messages: Sequence[Wire], tools: Sequence[Wire] = (), *, answer: bool = False) -> str:
         return self.template.render(self._adapted(messages), tools, answer=answer)

@@ -118,7 +118,7 @@ def load_template(
         UsageError: No built-in template and no file has this name, or an argument is one that rendering itself sets.
         TemplateError: The tokenizer has no template of its own, or the source is no Jinja template.
     """
-    for argument in set(arguments or ()).intersection(_SET_BY_RENDERING):
+    for argument in sorted({*(arguments or ())}.intersection(_SET_BY_RENDERING)):
         raise UsageError(f"--template-args {argument}: rendering sets this itself", "Leave it out.")
     known = builtin_templates()
     if choice is None:
@@ -158,11 +158,13 @@ def _declarations(text: str, name: str) -> dict[str, Any]:
     if "special_tokens" in declared:
         try:
             tokens = json.loads(declared["special_tokens"])
-        except json.JSONDecodeError as error:
+        except json.JSONDecodeError:
+            tokens = None
+        if not isinstance(tokens, dict | list) or not all(isinstance(token, str) for token in tokens):
             raise TemplateError(
-                f"{name}: the comment special_tokens is not JSON: {error}",
+                f"{name}: the comment special_tokens is no JSON object or list of names: {declared['special_tokens']}",
                 'Write it as {#- special_tokens: {"<|token|>": "what it means"} -#}.',
-            ) from error
+            )
         declared["special_tokens"] = tokens if isinstance(tokens, dict) else dict.fromkeys(tokens, "")
     return declared
 

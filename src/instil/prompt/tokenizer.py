@@ -27,7 +27,7 @@ _SPACE = (
     "\u2028\u2029\u202f\u205f\u3000"
 )
 _SPACES = re.compile(f"[{_SPACE}]*")  # what a token with lstrip or rstrip swallows; Python's own strip takes more
-_MEMO_LIMIT = 100_000
+_MEMO_TOKENS = 2_000_000
 _NO_LIMIT = 1e9  # tokenizers that know no limit state an enormous one
 
 Places = NDArray[np.int64]
@@ -188,8 +188,10 @@ class Encoder:
         self._plain = _plain_tokenizer(state, self.controls)
         self._continuing = _plain_tokenizer(_without_dummy_prefix(state), self.controls)
         self._first_differs = _first_differs(state)
-        self._steering = frozenset(self.controls.values()) - {_unknown(state["model"], tokenizer.backend)}
+        never = {*self.controls.values(), self._plain.token_to_id(_ANCHOR)}
+        self._steering = frozenset(never) - {_unknown(state["model"], tokenizer.backend)}
         self._memo: dict[tuple[str, bool], list[int]] = {}
+        self._remembered = 0
 
     def cut(self, text: str, plain_at: frozenset[int] = frozenset()) -> list[Piece]:
         """The text cut at its control tokens, in order and without gaps.
@@ -218,8 +220,9 @@ class Encoder:
 
     def remember(self, pieces: Iterable[tuple[str, bool]]) -> None:
         """Encode plain pieces, given as (text, whether it begins the text), in one batch of the library."""
-        if len(self._memo) > _MEMO_LIMIT:
+        if self._remembered > _MEMO_TOKENS:
             self._memo.clear()
+            self._remembered = 0
         new = [key for key in dict.fromkeys(map(self._key, pieces)) if key not in self._memo]
         encodings = self._plain.encode_batch_fast(
             [text if first else _ANCHOR + text for text, first in new], add_special_tokens=False
@@ -227,6 +230,7 @@ class Encoder:
         for (text, first), encoding in zip(new, encodings, strict=True):
             ids = encoding.ids if first else encoding.ids[1:]
             self._memo[text, first] = ids if self._steering.isdisjoint(ids) else self._tokens(text, first=first)[0]
+            self._remembered += len(ids)
 
     def encode_plain(self, text: str, *, first: bool) -> list[int]:
         """The ids of a plain piece. The list is shared: do not change it."""

@@ -1,6 +1,6 @@
 """How long planning takes, how full the batches are and how fast they are built.
 
-python benchmarks/packing.py [rows]
+python benchmarks/bench_packing.py [rows]
 """
 
 from __future__ import annotations
