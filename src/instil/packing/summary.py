@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from numpy.typing import NDArray
 from instil.conversation import ROLES
 from instil.prompt import EncodedRecord
 from instil.prompt.exchange import Boundary
+
+_FIGURES = re.compile(r": [\d,]+ tokens, more than max_length [\d,]+")
 
 NAMED = 5
 """Rows named beside each count."""
@@ -39,8 +42,13 @@ class Tally:
         self.first += later.first[: NAMED - len(self.first)]
 
     def __str__(self) -> str:
+        lines: dict[str, list[str]] = {}
+        for source in self.first:
+            file, _, line = source.rpartition(":")
+            lines.setdefault(file, []).append(line)
+        places = "; ".join(f"{file}:{', '.join(numbers)}" for file, numbers in lines.items())
         more = ", …" if self.rows > len(self.first) else ""
-        return f"{self.rows:,} ({', '.join(self.first)}{more})" if self.first else f"{self.rows:,}"
+        return f"{self.rows:,} ({places}{more})" if places else f"{self.rows:,}"
 
 
 @dataclass(slots=True)
@@ -50,7 +58,7 @@ class Summary:
     Args:
         counts: `rows`, `exchanges`, `stopped` (exchanges that end in a stop token), `tokens` (of the exchanges one by
             one), `trained` (of them, the tokens of weight above 0).
-        tallies: By subject (`status`, `reason`, `kind`, `boundary_rows`, `spelled`, `left_out`, `rewritten`,
+        tallies: By subject (`status`, `cut because`, …, `kind`, `boundary_rows`, `spelled`, `left_out`, `rewritten`,
             `duplicate`) and by what was found: the rows.
         role_tokens: Tokens of the exchanges one by one, by whose text they are; empty unless asked for.
         role_trained: Those of them that are trained.
@@ -77,7 +85,7 @@ class Summary:
         self.tally("status", row.status).add(source)
         self.tally("kind", row.record.kind).add(source)
         if row.reason:
-            self.tally("reason", f"{row.status}: {_general(row.reason)}").add(source)
+            self.tally(f"{row.status} because", _general(row.reason)).add(source)
         for token in row.spelled:
             self.tally("spelled", token).add(source)
         for what in row.notes:
@@ -142,7 +150,9 @@ def describe(summary: Summary, report: Mapping[str, Any], lengths: NDArray[np.in
     rows = {"read": report["rows"], **{status: _rows(tallies, "status", status) for status in _STATUSES}}
     described = {
         "rows": {**rows, "rejected": rejected},
-        "reasons": _listed(tallies, "reason"),
+        "reasons": [
+            {"status": status, **each} for status in _REASONED for each in _listed(tallies, f"{status} because")
+        ],
         "shapes": report["shapes"],
         "kinds": {name: tally.rows for name, tally in tallies.get("kind", {}).items()},
         "files": report["files"],
@@ -166,6 +176,7 @@ def describe(summary: Summary, report: Mapping[str, Any], lengths: NDArray[np.in
 
 
 _STATUSES = ("kept", "cut", "dropped")
+_REASONED = ("cut", "dropped", "rejected")
 
 
 def _rows(tallies: Mapping[str, Mapping[str, Tally]], subject: str, found: str) -> int:
@@ -205,12 +216,9 @@ def _warnings(summary: Summary, report: Mapping[str, Any]) -> list[str]:
     """What a person should look at before training, each with the rows it was met in."""
     tallies, counts = summary.tallies, summary.counts
     said = [f"{count:,} rows: {note}" for note, count in report["notes"].items()]
-    for name in ("cut", "dropped", "rejected"):
-        said += [
-            f"rows {what.partition(': ')[0]}, {what.partition(': ')[2]}: {tally}"
-            for what, tally in tallies.get("reason", {}).items()
-            if what.startswith(f"{name}: ")
-        ]
+    for status in _REASONED:
+        found = tallies.get(f"{status} because", {}).items()
+        said += [f"rows {status}: {what.removeprefix(f'{status} ')}: {tally}" for what, tally in found]
     for what, tally in tallies.get("left_out", {}).items():
         said.append(f"the template leaves out or changes the {what} of rows: {tally}")
     for what, tally in tallies.get("spelled", {}).items():
@@ -235,7 +243,5 @@ _SAID = {
 
 def _general(reason: str) -> str:
     """A reason without the figures of one row, so that rows of one kind are counted together."""
-    head, _, tail = reason.partition("more than max_length")
-    if not tail:
-        return reason
-    return head.rpartition(": ")[0] + ": longer than max_length" if ": " in head else "longer than max_length"
+    parts = (_FIGURES.sub(" (longer than max_length)", part) for part in reason.split("; "))
+    return "; ".join(dict.fromkeys(parts))
