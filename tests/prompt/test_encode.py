@@ -395,6 +395,17 @@ def test_plain_text(encoded, kind):
     assert one.role_tokens["assistant"] == len(exchange.completion_ids)
 
 
+@pytest.mark.parametrize("content", ["me", "Name a prime", "", " x"])
+def test_plain_text_is_placed_as_it_is_encoded(tokenizer_of, kind, content):
+    tokenizer = tokenizer_of(kind)
+    renderer = load_renderer(tokenizer, PromptOptions(template="chatml"))
+    text = renderer.document(assistant(content))
+    prompt, completion, boundary = encode_seam(renderer.encoder, text)
+    places = token_places(renderer.encoder, text, boundary)
+    assert len(places) == len(prompt) + len(completion)
+    assert places[-1].tolist() == [len(text.full) - len(tokenizer.eos_token), len(text.full)] or kind == "phi4"
+
+
 def test_a_prompt_for_evaluation(encoded):
     one = encoded(record(user("Name a prime"), kind="prompt"), prompt_weight=1)
     (exchange,) = one.exchanges
@@ -491,6 +502,24 @@ def test_a_cut_prompt_weighs_what_it_still_holds(encoded):
     assert trained(encoded, one) == [
         [("Be brief.", 1.0), ("Name a prime", 1.0), ("Seven.<|im_end|>", 1.0)],
         [("another", 1.0), ("eleven<|im_end|>", 1.0)],
+    ]
+
+
+def test_what_a_cut_prompt_lost_is_not_held_to_be_trained(encoded):
+    row = record(
+        user("Name a prime. Name a prime. Name a prime. Name a prime."),
+        assistant("Seven.", weight=0),
+        user("another"),
+        assistant("eleven"),
+        user("again"),
+        assistant("No."),
+    )
+    rest = record(*row.conversations[0].messages[2:])
+    most = length_of(encoded, rest)
+    assert most < len(encoded(row).exchanges[0])
+    assert trained(encoded, encoded(row, max_length=most, on_too_long="cut-prompt", prompt_weight=1)) == [
+        [("another", 1.0), ("eleven<|im_end|>", 1.0)],
+        [("again", 1.0), ("No.<|im_end|>", 1.0)],
     ]
 
 

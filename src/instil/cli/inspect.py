@@ -129,6 +129,8 @@ def _show(records: Records, options: InspectOptions) -> None:
     renderer = load_renderer(options.model or options.tokenizer, chosen)
     limits = [limit for limit in (renderer.tokenizer.max_length, options.tokens_per_batch) if limit is not None]
     encoder = RecordEncoder(renderer, chosen, chosen.max_length or min(limits), options.objective)
+    for warning in renderer.warnings:
+        sys.stderr.write(f"instil: warning: {warning}\n")
     selected = options.selected()
     if selected is None and options.on_bad_row == "error":
         _check_all(records, encoder)

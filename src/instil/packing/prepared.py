@@ -42,6 +42,7 @@ class Prepared:
         summary: What the rows came to.
         stop_tokens: The tokens that end an answer: what generation must stop at.
         added_tokens: The special tokens that the template needed and the tokenizer lacked.
+        warnings: What about the template and the tokenizer deserves a look.
         report: What was met while reading: shapes, unused columns, notes.
         cached: Whether it was found in the cache.
     """
@@ -50,6 +51,7 @@ class Prepared:
     summary: Summary
     stop_tokens: tuple[str, ...]
     added_tokens: tuple[str, ...]
+    warnings: tuple[str, ...]
     report: dict[str, Any]
     cached: bool = False
 
@@ -58,6 +60,7 @@ class Prepared:
         described = describe(self.summary, self.report, self.trees.lengths)
         described["stop_tokens"] = list(self.stop_tokens)
         described["added_tokens"] = list(self.added_tokens)
+        described["warnings"] = [*self.warnings, *described["warnings"]]
         described["cached"] = self.cached
         if packs is not None:
             described["packs"] = {**asdict(packs), "fill": packs.fill}
@@ -178,6 +181,7 @@ def _fill(folder: Path, records: Records, encoder: RecordEncoder, workers: int) 
         "files": list(files),
         "stop_tokens": list(totals.stop_tokens),
         "added_tokens": list(encoder.renderer.tokenizer.added),
+        "warnings": list(encoder.renderer.warnings),
         "report": _report(records),
     }
     (folder / "meta.json").write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
@@ -294,6 +298,7 @@ def _load(folder: Path, *, cached: bool = False) -> Prepared:
         Summary.from_json(meta["summary"]),
         tuple(meta["stop_tokens"]),
         tuple(meta["added_tokens"]),
+        tuple(meta["warnings"]),
         meta["report"],
         cached,
     )

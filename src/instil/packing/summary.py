@@ -218,7 +218,7 @@ def _warnings(summary: Summary, report: Mapping[str, Any]) -> list[str]:
     said = [f"{count:,} rows: {note}" for note, count in report["notes"].items()]
     for status in _REASONED:
         found = tallies.get(f"{status} because", {}).items()
-        said += [f"rows {status}: {what.removeprefix(f'{status} ')}: {tally}" for what, tally in found]
+        said += [f"rows {status}: {what.removeprefix(f'{status} ').strip('()')}: {tally}" for what, tally in found]
     for what, tally in tallies.get("left_out", {}).items():
         said.append(f"the template leaves out or changes the {what} of rows: {tally}")
     for what, tally in tallies.get("spelled", {}).items():

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from instil.conversation import Conversation, Message
 from instil.errors import TemplateError
-from instil.prompt.template import ChatTemplate
+from instil.prompt.template import ChatTemplate, template_warnings
 from instil.prompt.tokenizer import Encoder, Piece, Tokenizer
 
 _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # Unicode keeps them free for a program's own use
@@ -100,6 +100,7 @@ class Renderer:
     def __init__(self, template: ChatTemplate, tokenizer: Tokenizer) -> None:
         self.template = template
         self.tokenizer = tokenizer
+        self.warnings = template_warnings(template, tokenizer)
         self.encoder = Encoder(tokenizer, control_tokens(template, tokenizer))
         self.stop_tokens: dict[str, None] = {}
         self._endings: dict[tuple[Any, ...], Ending] = {}

@@ -27,6 +27,9 @@ _SET_BY_RENDERING = (
 _DECLARATION = re.compile(r"\{#-?\s*(?P<key>description|special_tokens):\s*(?P<value>.*?)\s*-?#\}", re.DOTALL)
 
 
+_LIKE_A_TOKEN = re.compile(r"<\|\w+\|>")
+
+
 @dataclass(frozen=True, slots=True)
 class ChatTemplate:
     """A Jinja chat template, bound to a tokenizer's special tokens and to the arguments it is given.
@@ -138,6 +141,23 @@ def load_template(
     template = ChatTemplate(name, text, tokenizer.special_tokens, dict(arguments or {}))
     _check_syntax(template)
     return template
+
+
+def template_warnings(template: ChatTemplate, tokenizer: Tokenizer) -> tuple[str, ...]:
+    """What about a template and a tokenizer deserves a look before training."""
+    said = []
+    bos = tokenizer.bos_token
+    try:
+        begins = bos is None or template.render([{"role": "user", "content": "a"}], answer=True).startswith(bos)
+    except TemplateError:
+        begins = True
+    if not begins:
+        said.append(f"the tokenizer begins texts with {bos}, and the template's prompts do not")
+    known = {token.content for token in tokenizer.backend.get_added_tokens_decoder().values()}
+    for name in dict.fromkeys(_LIKE_A_TOKEN.findall(template.text)):
+        if name not in known:
+            said.append(f"the template writes {name}, which is no token of this tokenizer: it is encoded in pieces")
+    return tuple(said)
 
 
 def _read_file(path: Path, known: Mapping[str, Builtin]) -> str:
