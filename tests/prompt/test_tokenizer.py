@@ -8,7 +8,7 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
@@ -53,6 +53,11 @@ def texts(*more):
 @pytest.fixture(scope="session")
 def encoder(tokenizer_of, kind):
     return encoder_of(tokenizer_of(kind))
+
+
+@pytest.fixture(scope="session", params=REVERSIBLE)
+def reversible(tokenizer_of, request):
+    return encoder_of(tokenizer_of(request.param))
 
 
 def of_library(encoder):
@@ -104,12 +109,10 @@ def test_places_agree_with_the_ids(encoder, data):
 
 
 @given(data=st.data())
-def test_places_cover_the_text(tokenizer_of, data):
-    for kind in REVERSIBLE:
-        encoder = encoder_of(tokenizer_of(kind))
-        text = data.draw(of_library(encoder))
-        covered = {i for start, end in encoder.places(text) for i in range(start, end)}
-        assert covered == set(range(len(text)))
+def test_places_cover_the_text(reversible, data):
+    text = data.draw(of_library(reversible))
+    covered = {i for start, end in reversible.places(text) for i in range(start, end)}
+    assert covered == set(range(len(text)))
 
 
 @pytest.mark.parametrize(
@@ -177,6 +180,13 @@ def test_a_vocabulary_that_holds_the_control_token_is_kept_from_it(tokenizer_of,
     assert len(encoder.places(text, plain_at)) == len(encoder.encode(text, plain_at))
 
 
+def test_a_spelled_token_is_broken_without_a_dummy_prefix(tokenizer_of):
+    encoder = encoder_of(tokenizer_of("unigram"))
+    ids = encoder.encode("me</s>me", frozenset({2}))
+    assert tokens(encoder.tokenizer, ids).count("▁") + tokens(encoder.tokenizer, ids).count("▁me") == 1
+    assert encoder.tokenizer.decode(ids).count(" ") == 0
+
+
 def test_no_text_makes_a_token_beyond_the_vocabulary(encoder):
     text = f"a {tokenizer_module._ANCHOR} b</s>{tokenizer_module._ANCHOR}a"
     for ids in (encoder.encode(text), encoder.encode_continuation(text)):
@@ -204,12 +214,10 @@ def test_a_continuation_has_no_dummy_prefix(tokenizer_of, kind):
 
 
 @given(data=st.data())
-def test_a_continuation_decodes_to_what_follows(tokenizer_of, data):
-    for kind in REVERSIBLE:
-        encoder = encoder_of(tokenizer_of(kind))
-        head, tail = (data.draw(texts()).replace("▁", "_") for _ in range(2))
-        ids = encoder.encode("a" + head) + encoder.encode_continuation(tail)
-        assert encoder.tokenizer.decode(ids) == "a" + head + tail
+def test_a_continuation_decodes_to_what_follows(reversible, data):
+    head, tail = (data.draw(texts()).replace("▁", "_") for _ in range(2))
+    ids = reversible.encode("a" + head) + reversible.encode_continuation(tail)
+    assert reversible.tokenizer.decode(ids) == "a" + head + tail
 
 
 def test_a_text_encoded_in_a_batch_or_alone_is_the_same(encoder):
@@ -255,6 +263,15 @@ def test_bos_is_that_which_the_tokenizer_adds(tokenizer_of):
     assert tokenizer_of("cl100k").bos_token is None
 
 
+def test_a_token_swallows_the_white_space_that_the_library_takes_for_it(tokenizer_of):
+    encoder = encoder_of(tokenizer_of("phi4"))
+    spaces = [chr(i) for i in range(0x10000) if chr(i).isspace()]
+    assert "\x1c" in spaces  # of which the library knows nothing
+    for space in [*spaces, "\u200b", "\u180e", "\ufeff"]:
+        for text in (f"a{space}<|im_end|>a", f"a {space}<|im_end|>a", f"a<|im_end|>{space}a", f"a<|im_end|> {space}a"):
+            assert encoder.encode(text) == library(encoder.tokenizer, text), repr(text)
+
+
 def test_reserved_tokens_are_never_split(tokenizer_of, kind):
     tokenizer = tokenizer_of(kind)
     size = len(tokenizer)
@@ -287,6 +304,32 @@ def test_tokens_that_cannot_be_cut_exactly_are_no_control_tokens():
     ]
     backend.add_special_tokens(special)
     assert list(Encoder(Tokenizer(backend, {}), ["<one>", "  ", "<ok>", "<none>"]).controls) == ["<ok>"]
+
+
+def test_the_longest_control_token_is_cut(tokenizer_of):
+    tokenizer = tokenizer_of("gpt2")
+    tokenizer.add_special_tokens(["<|a|>", "<|a|>b"])
+    encoder = encoder_of(tokenizer)
+    assert tokens(tokenizer, encoder.encode("<|a|>b<|a|>")) == ["<|a|>b", "<|a|>"]
+    assert encoder.encode("<|a|>b<|a|>") == library(tokenizer, "<|a|>b<|a|>")
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "exact"),
+    [
+        (None, True),
+        (normalizers.NFC(), True),
+        (normalizers.Prepend("_"), False),
+        (normalizers.Strip(), False),
+        (normalizers.Lowercase(), False),
+    ],
+)
+def test_a_token_looked_for_in_normalized_text_is_cut_where_that_is_exact(normalizer, exact):
+    backend = Backend(models.BPE({"a": 0}, []))
+    backend.add_special_tokens([AddedToken("<OK>", special=True, normalized=True)])
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    assert list(Encoder(Tokenizer(backend, {}), ["<OK>"]).controls) == ["<OK>"] * exact
 
 
 def test_fingerprint_follows_the_added_tokens(tokenizer_of):

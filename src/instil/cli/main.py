@@ -19,6 +19,7 @@ from instil.errors import InstilError, UsageError
 app = App(
     name="instil",
     version=__version__,
+    suppress_keyboard_interrupt=False,
     help="Teach a base language model to follow instructions, and show exactly what it was taught.",
     default_parameter=Parameter(
         negative_iterable=(),

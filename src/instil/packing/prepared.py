@@ -22,7 +22,7 @@ import numpy as np
 
 from instil.conversation import Record
 from instil.data import Records
-from instil.errors import DataError, RowProblem
+from instil.errors import DataError, RowProblem, UsageError
 from instil.packing.packs import Report
 from instil.packing.store import Columns, StoredTrees, columns, write
 from instil.packing.summary import Summary, describe
@@ -112,20 +112,32 @@ def prepare(
     key = None if cache is None else _key(records, encoder)
     if cache is not None and key is not None and records.rejects is None and (Path(cache) / key / "meta.json").exists():
         return _load(Path(cache) / key, cached=True)
-    root = Path(cache) if cache is not None and key is not None else Path(tempfile.gettempdir())
-    root.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=".instil-", dir=root))
+    folder = _new_folder(Path(cache) if cache is not None and key is not None else Path(tempfile.gettempdir()))
     try:
-        _fill(folder, records, encoder, workers or len(os.sched_getaffinity(0)))
-        if key is not None:
-            folder = _put(folder, root / key)
-        prepared = _load(folder)
+        _fill(folder, records, encoder, workers or _cores())
+        if key is None:
+            prepared = _load(folder)
+            weakref.finalize(prepared.trees, shutil.rmtree, folder, ignore_errors=True)
+            return prepared
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    if key is None:
-        weakref.finalize(prepared.trees, shutil.rmtree, folder, ignore_errors=True)
-    return prepared
+    return _load(_put(folder, folder.parent / key))
+
+
+def _new_folder(root: Path) -> Path:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=".instil-", dir=root))
+    except OSError as error:
+        raise UsageError(
+            f"{root}: encoded data cannot be kept there: {error.strerror}",
+            "Choose another folder with --cache-dir or $INSTIL_CACHE, or keep nothing with --no-cache.",
+        ) from error
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(slots=True)

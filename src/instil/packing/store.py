@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, BinaryIO, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
+from instil.errors import PackingError
 from instil.packing.tree import Ids, Ints, TokenTree, depths
 
 _FIELDS: dict[str, type[np.generic]] = {
@@ -59,15 +61,23 @@ def columns(trees: Sequence[TokenTree], rows: Columns) -> Columns:
 def write(folder: Path, chunks: Iterable[Columns]) -> None:
     """Append chunk after chunk to the arrays' files in a folder."""
     kinds = _FIELDS | _COUNTS | _ROWS
-    files = {name: (folder / f"{name}.bin").open("wb") for name in kinds}
-    try:
+    with ExitStack() as opened:
+        files = {name: opened.enter_context((folder / f"{name}.bin").open("wb")) for name in kinds}
         for chunk in chunks:
             for name, file in files.items():
-                file.write(chunk[name].tobytes())
-    finally:
-        for file in files.values():
-            file.close()
+                _append(file, chunk[name])
     (folder / "arrays.json").write_text(json.dumps({name: np.dtype(kind).str for name, kind in kinds.items()}))
+
+
+def _append(file: BinaryIO, array: NDArray[Any]) -> None:
+    try:
+        file.write(array.tobytes())
+        file.flush()
+    except OSError as error:
+        raise PackingError(
+            f"{Path(file.name).parent.parent}: the encoded data does not fit there: {error.strerror}",
+            "Free some space, or choose another folder with --cache-dir, $INSTIL_CACHE or $TMPDIR.",
+        ) from error
 
 
 class StoredTrees(Sequence[TokenTree]):

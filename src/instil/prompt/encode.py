@@ -266,7 +266,7 @@ class RecordEncoder:
             if span.message == draft.turn:
                 if span.reasoning and not self.options.train_reasoning:
                     weighed.append((span, 0.0))
-            elif span.end <= len(draft.text.prompt) and draft.numbers[span.message] not in seen:
+            elif draft.numbers[span.message] not in seen:
                 weight = self._prompt_weight(draft.conversation.messages[span.message])
                 if weight and (self.options.train_reasoning or not span.reasoning):
                     weighed.append((span, weight))

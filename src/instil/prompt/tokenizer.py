@@ -299,7 +299,7 @@ class Encoder:
             return ids, places
         ids, places = [], []
         for at, end in pairwise([0, *breaks, len(text)]):
-            part, part_places = self._tokens(text[at:end], first=first and not at, continued=continued or at > 0)
+            part, part_places = self._tokens(text[at:end], first=first, continued=continued or at > 0)
             ids += part
             places += [(at + start, at + stop) for start, stop in part_places]
         return ids, places
