@@ -31,15 +31,17 @@ import json
 import os
 import platform
 import random
+import re
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 BUDGET = 8192
@@ -61,19 +63,25 @@ FULL = 0.995  # of the batches' budget must hold tokens
 
 
 def rows(count: int, seed: int = 0) -> Iterator[tuple[str, str]]:
-    """Questions of 8 to 30 words and answers of 10 to 60; made-up words, as uneven in frequency as real ones."""
+    """Questions of 8 to 30 words and answers of 10 to 60: the words of Python's manual, as often as they stand there,
+    and one in twenty made up, as names and rare words are in other texts.
+    """
     draw = random.Random(seed)
+    counts = Counter(re.findall(r"[a-z]+", " ".join(topics.values()).lower()))
+    manual, often = list(counts), list(itertools.accumulate(counts.values()))
     heads = [*"bcdfghklmnprstvw", "br", "gr", "pl", "st", "th"]
     parts = itertools.product(heads, [*"aeiou", "ai", "ea", "ou"], ["", "", *"nrstl"])
     syllables = ["".join(part) for part in parts]
-    words = ["".join(draw.choices(syllables, k=draw.choice((1, 2, 2, 3, 3, 4)))) for _ in range(40_000)]
-    shares = list(itertools.accumulate(1 / (rank + 2.7) for rank in range(len(words))))
+    names = ["".join(draw.choices(syllables, k=draw.choice((2, 2, 3, 3, 4)))) for _ in range(40_000)]
 
     def text(least: int, most: int, end: str) -> str:
-        picked = draw.choices(words, cum_weights=shares, k=draw.randint(least, most))
+        picked = draw.choices(manual, cum_weights=often, k=draw.randint(least, most))
+        for at in range(draw.randrange(20), len(picked), 20):
+            picked[at] = draw.choice(names).capitalize()
         for at in range(9, len(picked) - 1, 10):
             picked[at] += draw.choice((",", ".", ";", ":", f" {draw.randint(0, 9999)}", " (so)"))
-        return " ".join(picked).capitalize() + end
+        picked[0] = picked[0].capitalize()
+        return " ".join(picked) + end
 
     for _ in range(count):
         yield text(8, 30, "?"), text(10, 60, ".")

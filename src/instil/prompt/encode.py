@@ -60,6 +60,8 @@ class _Draft:
     turn: int
     label: str
     text: TextExchange
+    exchange: Exchange | None = None
+    reason: str = ""
 
 
 @dataclass(slots=True)
@@ -109,13 +111,14 @@ class RecordEncoder:
         if record.labels == ("bad",) and self.objective == "supervised":
             row.reason = "its answer is labelled bad"
             return row
+        conversations, row.reason = _telling(record)
         try:
-            for conversation, label in zip(record.conversations, record.labels, strict=True):
+            for conversation, label in conversations:
                 row.drafts.append(self._draft_conversation(record, conversation, label))
         except TemplateError as error:
             row.problems.append(RowProblem(str(record.source), "", self._refusal(record, error), error.remedy))
         if not any(row.drafts) and not row.problems:
-            row.reason = "every answer has weight 0"
+            row.reason = row.reason or "every answer has weight 0"
         return row
 
     def _draft_conversation(self, record: Record, conversation: Conversation, label: str) -> list[_Draft]:
@@ -165,53 +168,54 @@ class RecordEncoder:
                             yield piece.text, not piece.start
 
     def _finish(self, row: _Row) -> EncodedRecord:
-        exchanges: list[Exchange] = []
-        tokens: Counter[str] = Counter()
-        trained_tokens: Counter[str] = Counter()
-        cut: list[str] = []
         problems = list(row.problems)
+        fitted: list[_Draft] = []
         for drafts in row.drafts if not problems else ():
-            seen: set[int] = set()
-            trained = {draft.turn for draft in drafts}
+            seen = {draft.turn for draft in drafts}
             for draft in drafts:
                 try:
-                    exchange, reason, draft = self._fitted(draft, seen | trained)
+                    fitted.append(self._fitted(draft, seen))
                 except InstilError as error:
                     problems.append(RowProblem(str(row.record.source), "", error.message, error.remedy))
                     continue
-                if reason:
-                    cut.append(reason)
-                if exchange is not None:
-                    exchanges.append(exchange)
-                    seen.update(draft.numbers[: draft.turn])
-                    if self.count_roles:
-                        self._count(draft, exchange, tokens, trained_tokens)
+                if fitted[-1].exchange is not None:
+                    seen.update(fitted[-1].numbers[: fitted[-1].turn])
         if problems:
             return EncodedRecord(row.record, (), "rejected", problems[0].reason, tuple(problems))
-        spelled, rewritten, notes = self._observed(row)
-        status: Status = "kept" if exchanges and not cut else "cut" if exchanges else "dropped"
-        reason = row.reason or "; ".join(dict.fromkeys(cut))
-        return EncodedRecord(
-            row.record, tuple(exchanges), status, reason, (), spelled, rewritten, notes, tokens, trained_tokens
-        )
+        if row.record.kind == "preference" and {each.label for each in fitted if each.exchange} != {
+            "chosen",
+            "rejected",
+        }:
+            fitted = [replace(draft, exchange=None) for draft in fitted]  # half a pair teaches nothing
+        exchanges = tuple(draft.exchange for draft in fitted if draft.exchange is not None)
+        reasons = dict.fromkeys(filter(None, [row.reason, *(draft.reason for draft in fitted)]))
+        status: Status = "dropped" if not exchanges else "cut" if reasons else "kept"
+        observed = self._observed(row)
+        counted = self._counted(fitted) if self.count_roles else ()
+        return EncodedRecord(row.record, exchanges, status, "; ".join(reasons), (), *observed, *counted)
 
-    def _count(self, draft: _Draft, exchange: Exchange, tokens: Counter[str], trained: Counter[str]) -> None:
-        places = word_places(self.encoder, draft.text, exchange.boundary)[: len(exchange)]
-        weighed = np.concatenate([exchange.prompt_weights, exchange.completion_weights]) > 0
-        role = np.full(len(places), len(ROLES))
-        role[len(exchange.prompt_ids) :] = ROLES.index("assistant")
-        for span in draft.text.spans:
-            role[_within(places, span)] = ROLES.index(draft.conversation.messages[span.message].role)
-        for number, name in enumerate((*ROLES, "template")):
-            tokens[name] += int((role == number).sum())
-            trained[name] += int(weighed[role == number].sum())
+    def _counted(self, drafts: Sequence[_Draft]) -> tuple[Counter[str], Counter[str]]:
+        """The tokens by whose text they are, and those of them that are trained."""
+        tokens: Counter[str] = Counter()
+        trained: Counter[str] = Counter()
+        for draft, exchange in ((draft, draft.exchange) for draft in drafts if draft.exchange):
+            places = word_places(self.encoder, draft.text, exchange.boundary)[: len(exchange)]
+            weighed = np.concatenate([exchange.prompt_weights, exchange.completion_weights]) > 0
+            role = np.full(len(places), len(ROLES))
+            role[len(exchange.prompt_ids) :] = ROLES.index("assistant")
+            for span in draft.text.spans:
+                role[_within(places, span)] = ROLES.index(draft.conversation.messages[span.message].role)
+            for number, name in enumerate((*ROLES, "template")):
+                tokens[name] += int((role == number).sum())
+                trained[name] += int(weighed[role == number].sum())
+        return tokens, trained
 
-    def _fitted(self, draft: _Draft, seen: set[int]) -> tuple[Exchange | None, str, _Draft]:
-        """The exchange within the length allowed, if there is one, what that took, and the draft it came from."""
+    def _fitted(self, draft: _Draft, seen: set[int]) -> _Draft:
+        """The draft with its exchange, within the length allowed, if there is one, and with what that took."""
         exchange = self._exchange(draft, seen)
         limit, policy = self.max_length, self.options.on_too_long
         if limit is None or len(exchange) <= limit:
-            return exchange, "", draft
+            return replace(draft, exchange=exchange)
         reason = f"{len(exchange):,} tokens, more than max_length {limit:,}"
         if policy == "error":
             raise TemplateError(
@@ -226,14 +230,15 @@ class RecordEncoder:
                 completion_ids=exchange.completion_ids[:room],
                 completion_weights=exchange.completion_weights[:room],
             )
-            return shorter, f"completion cut: {reason}", draft
-        if policy == "cut-prompt":
-            while (rest := _without_oldest_turn(draft)) is not None:
-                draft = replace(rest, text=self._text(rest.conversation, rest.turn))
-                exchange = self._exchange(draft, seen)
-                if len(exchange) <= limit:
-                    return exchange, f"prompt cut: {reason}", draft
-        return None, f"dropped: {reason}", draft
+            return replace(draft, exchange=shorter, reason=f"completion cut: {reason}")
+        rest = _without_oldest_turn(draft) if policy == "cut-prompt" else None
+        while rest is not None:
+            rest.text = self._text(rest.conversation, rest.turn)
+            exchange = self._exchange(rest, seen)
+            if len(exchange) <= limit:
+                return replace(rest, exchange=exchange, reason=f"prompt cut: {reason}")
+            rest = _without_oldest_turn(rest)
+        return replace(draft, reason=f"dropped: {reason}")
 
     def _exchange(self, draft: _Draft, seen: set[int]) -> Exchange:
         text, encoder = draft.text, self.encoder
@@ -302,6 +307,8 @@ def encode_seam(encoder: Encoder, text: TextExchange) -> tuple[list[int], list[i
         TemplateError: A token would straddle the seam, and the two parts do not decode to the whole.
     """
     prompt = encoder.encode(text.prompt, text.plain_at)
+    if len(text.prompt) == len(text.full):
+        return prompt, [], "none"
     if text.first_plain:
         return prompt, encoder.encode(text.completion, _shifted(text)), "special"
     full = encoder.encode(text.full, text.plain_at)
@@ -333,16 +340,35 @@ def word_places(encoder: Encoder, text: TextExchange, boundary: Boundary) -> NDA
     a token with the first or last word of a message, which is the message's all the same.
     """
     places = token_places(encoder, text, boundary)
-    for number, (start, end) in enumerate(places.tolist()):
-        token = text.full[start:end]
-        if word := token.strip():
-            start += token.index(word)
-            places[number] = start, start + len(word)
+    characters = np.array(list(text.full))
+    words = np.flatnonzero(np.char.strip(characters) != "")  # where a character is no white space
+    first, last = (np.searchsorted(words, places[:, side]) for side in (0, 1))
+    holds = first < last  # (tokens,): some character of the token is no white space
+    places[holds] = np.stack([words[first[holds]], words[last[holds] - 1] + 1], axis=1)
     return places
 
 
 def _within(places: NDArray[np.int64], span: Span) -> NDArray[np.bool_]:
     return (places[:, 0] >= span.start) & (places[:, 1] <= span.end) & (places[:, 1] > places[:, 0])
+
+
+def _telling(record: Record) -> tuple[list[tuple[Conversation, str]], str]:
+    """The record's conversations that can teach something, each with its label, and why others cannot."""
+    conversations = list(zip(record.conversations, record.labels, strict=True))
+    if record.kind != "preference":
+        return conversations, ""
+    (chosen, label), *rejected = conversations
+    if _is_empty(chosen.messages[-1]):
+        return [], "the chosen answer is empty"
+    telling = [(other, each) for other, each in rejected if other != chosen and not _is_empty(other.messages[-1])]
+    if not telling:
+        return [], "the rejected answer is empty, or is the chosen one"
+    reason = "" if len(telling) == len(rejected) else "a rejected answer is empty, or is the chosen one"
+    return [(chosen, label), *telling], reason
+
+
+def _is_empty(answer: Message) -> bool:
+    return not answer.content.strip() and not answer.tool_calls
 
 
 def _shifted(text: TextExchange) -> frozenset[int]:

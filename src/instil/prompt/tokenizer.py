@@ -131,28 +131,32 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Toke
             f"{path}: the tokenizer cannot be loaded: {cause}",
             "Give a folder with a tokenizer.json, or the name of a repository on the hub that you can reach.",
         ) from error
-    return from_transformers(loaded, str(path))
+    return _taken_over(loaded, _fast_backend(loaded, str(path)), str(path))
 
 
 def from_transformers(loaded: Any, name: str = "") -> Tokenizer:
-    """Take over a tokenizer of transformers; it must be a fast one (`backend_tokenizer`)."""
+    """A tokenizer of transformers, which stays as it is; it must be a fast one (`backend_tokenizer`)."""
+    backend = tokenizers.Tokenizer.from_str(_fast_backend(loaded, name).to_str())
+    return _taken_over(loaded, backend, name or str(loaded.name_or_path))
+
+
+def _fast_backend(loaded: Any, name: str) -> tokenizers.Tokenizer:
     backend = getattr(loaded, "backend_tokenizer", None)
     if not isinstance(backend, tokenizers.Tokenizer):
         raise TokenizerError(
             f"{name or type(loaded).__name__}: not a fast tokenizer (it has no tokenizer.json)",
             "Convert it with `AutoTokenizer.from_pretrained(…).save_pretrained(…)` in an environment that can.",
         )
+    return backend
+
+
+def _taken_over(loaded: Any, backend: tokenizers.Tokenizer, name: str) -> Tokenizer:
     template = loaded.chat_template
     if isinstance(template, dict):
         template = template.get("default")
     limit = _model_limit(Path(name)) or loaded.model_max_length
-    return Tokenizer(
-        tokenizers.Tokenizer.from_str(backend.to_str()),
-        dict(loaded.special_tokens_map),
-        template,
-        int(limit) if limit is not None and limit < _NO_LIMIT else None,
-        name or str(loaded.name_or_path),
-    )
+    known_limit = int(limit) if limit is not None and limit < _NO_LIMIT else None
+    return Tokenizer(backend, dict(loaded.special_tokens_map), template, known_limit, name)
 
 
 def _model_limit(folder: Path) -> int | None:
@@ -186,7 +190,8 @@ class Encoder:
         self.pattern = _cut_pattern(added, self.controls)
         self._swallows = {name: (added[name]["lstrip"], added[name]["rstrip"]) for name in self.controls}
         self._plain = _plain_tokenizer(state, self.controls)
-        self._continuing = _plain_tokenizer(_without_dummy_prefix(state), self.controls)
+        without = _without_dummy_prefix(state)
+        self._continuing = self._plain if without == state else _plain_tokenizer(without, self.controls)
         self._first_differs = _first_differs(state)
         never = {*self.controls.values(), self._plain.token_to_id(_ANCHOR)}
         self._steering = frozenset(never) - {_unknown(state["model"], tokenizer.backend)}
