@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
@@ -28,13 +27,13 @@ _SPACE = (
 )
 _SPACES = re.compile(f"[{_SPACE}]*")  # what a token with lstrip or rstrip swallows; Python's own strip takes more
 _MEMO_TOKENS = 2_000_000
+_MEMO_CUTS = 2_000
 _NO_LIMIT = 1e9  # tokenizers that know no limit state an enormous one
 
 Places = NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """A stretch of text between two cuts: a control token with its id, or plain text (`control` is None)."""
 
     text: str
@@ -197,15 +196,24 @@ class Encoder:
         self._steering = frozenset(never) - {_unknown(state["model"], tokenizer.backend)}
         self._memo: dict[tuple[str, bool], list[int]] = {}
         self._remembered = 0
+        self._cuts: dict[tuple[str, frozenset[int]], tuple[Piece, ...]] = {}
 
-    def cut(self, text: str, plain_at: frozenset[int] = frozenset()) -> list[Piece]:
+    def cut(self, text: str, plain_at: frozenset[int] = frozenset()) -> tuple[Piece, ...]:
         """The text cut at its control tokens, in order and without gaps.
 
         Args:
             text: What the template rendered.
             plain_at: Where a control token is only spelled, in characters: no cut there.
         """
-        pieces, at, found = [], 0, self.pattern.search(text)
+        key = text, plain_at
+        if key not in self._cuts:
+            if len(self._cuts) >= _MEMO_CUTS:
+                self._cuts.clear()
+            self._cuts[key] = tuple(self._cut(text, plain_at))
+        return self._cuts[key]
+
+    def _cut(self, text: str, plain_at: frozenset[int]) -> Iterator[Piece]:
+        at, found = 0, self.pattern.search(text)
         while found:
             name, (start, end) = found[0], found.span()
             if start not in plain_at and name in self.controls:
@@ -215,16 +223,16 @@ class Encoder:
                 if right and (spaces := _SPACES.match(text, end)):
                     end = spaces.end()
                 if start > at:
-                    pieces.append(Piece(text[at:start], at, start, None))
-                pieces.append(Piece(text[start:end], start, end, self.controls[name]))
+                    yield Piece(text[at:start], at, start, None)
+                yield Piece(text[start:end], start, end, self.controls[name])
                 at = end
             found = self.pattern.search(text, end)
         if at < len(text):
-            pieces.append(Piece(text[at:], at, len(text), None))
-        return pieces
+            yield Piece(text[at:], at, len(text), None)
 
     def remember(self, pieces: Iterable[tuple[str, bool]]) -> None:
         """Encode plain pieces, given as (text, whether it begins the text), in one batch of the library."""
+        self._cuts.clear()  # those of the texts before
         if self._remembered > _MEMO_TOKENS:
             self._memo.clear()
             self._remembered = 0
