@@ -36,9 +36,10 @@ def record(*messages, kind="conversation", tools=(), label="", line=1):
     return Record(Source("a.jsonl", line), "messages", kind, (Conversation(messages, tools),), (label,))
 
 
-def preference(prompt, chosen, rejected):
-    conversations = tuple(Conversation((*prompt, assistant(text))) for text in (chosen, rejected))
-    return Record(Source("a.jsonl", 1), "preference", "preference", conversations, ("chosen", "rejected"))
+def preference(prompt, chosen, *rejected):
+    conversations = tuple(Conversation((*prompt, assistant(text))) for text in (chosen, *rejected))
+    labels = ("chosen", *["rejected"] * len(rejected))
+    return Record(Source("a.jsonl", 1), "preference", "preference", conversations, labels)
 
 
 @pytest.fixture
@@ -369,6 +370,37 @@ def test_only_the_last_answer_of_a_preference_is_judged(encoded):
     assert trained(encoded, one) == [[("eleven<|im_end|>", 1.0)], [("twelve<|im_end|>", 1.0)]]
 
 
+@pytest.mark.parametrize(
+    ("answers", "status", "labels", "reason"),
+    [
+        (("yes", "no", "never"), "kept", ["chosen", "rejected", "rejected"], ""),
+        (("yes", "yes"), "dropped", [], "the rejected answer is empty, or is the chosen one"),
+        (("yes", " "), "dropped", [], "the rejected answer is empty, or is the chosen one"),
+        ((" ", "no"), "dropped", [], "the chosen answer is empty"),
+        (("yes", "no", "yes", ""), "cut", ["chosen", "rejected"], "a rejected answer is empty, or is the chosen one"),
+    ],
+)
+def test_pairs_that_teach_nothing_are_dropped(encoded, answers, status, labels, reason):
+    one = encoded(preference([user("Is it?")], *answers))
+    assert (one.status, [exchange.label for exchange in one.exchanges], one.reason) == (status, labels, reason)
+
+
+@pytest.mark.parametrize("long", ["chosen", "rejected"])
+def test_half_a_pair_is_dropped(encoded, long):
+    answers = {"chosen": "yes", "rejected": "no", long: "word " * 50}
+    one = encoded(preference([user("Is it?")], *answers.values()), max_length=40)
+    assert (one.status, one.exchanges) == ("dropped", ())
+    assert "more than max_length 40" in one.reason
+
+
+def test_a_pair_of_which_one_rejected_answer_is_too_long(encoded):
+    one = encoded(preference([user("Is it?")], "yes", "word " * 50, "no"), max_length=40)
+    assert (one.status, [exchange.completion_text for exchange in one.exchanges]) == (
+        "cut",
+        ["yes<|im_end|>", "no<|im_end|>"],
+    )
+
+
 def test_a_labelled_answer(encoded):
     good, bad = (record(user("Name"), assistant("Seven."), kind="labelled", label=label) for label in ("good", "bad"))
     assert encoded(good).exchanges[0].label == "good"
@@ -404,6 +436,11 @@ def test_plain_text_is_placed_as_it_is_encoded(tokenizer_of, kind, content):
     places = token_places(renderer.encoder, text, boundary)
     assert len(places) == len(prompt) + len(completion)
     assert places[-1].tolist() == [len(text.full) - len(tokenizer.eos_token), len(text.full)] or kind == "phi4"
+
+
+def test_a_prompt_for_evaluation_has_no_seam(encoded):
+    one = encoded(record(user("Why?"), kind="prompt"))
+    assert [(exchange.boundary, len(exchange.completion_ids)) for exchange in one.exchanges] == [("none", 0)]
 
 
 def test_a_prompt_for_evaluation(encoded):
