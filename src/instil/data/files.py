@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import zstandard
 
@@ -46,6 +46,23 @@ class RawRow:
     reason: str = ""
     remedy: str = ""
 
+    def read(self) -> RawRow:
+        """The row itself: it is read already."""
+        return self
+
+
+class PendingRow(NamedTuple):
+    """A line that is parsed only when it is read: a process that leaves it to another one need not."""
+
+    source: Source
+    line: bytes
+    offset: int
+    decoder: StrictDecoder
+
+    def read(self) -> RawRow:
+        """The row that stands in the line."""
+        return _json_line(self.decoder, self.source, self.line, self.offset)
+
 
 class DataFile(Protocol):
     """Something that rows can be read from, again and again."""
@@ -54,7 +71,7 @@ class DataFile(Protocol):
     def path(self) -> str:
         """Its name, as the user gave it."""
 
-    def rows(self, note: Note) -> Iterator[RawRow]:
+    def rows(self, note: Note) -> Iterator[RawRow | PendingRow]:
         """Its rows in order; `note` takes what deserves a word in the report."""
 
 
@@ -74,7 +91,7 @@ class LocalFile:
     kind: str
     temporary: bool = False
 
-    def rows(self, note: Note) -> Iterator[RawRow]:
+    def rows(self, note: Note) -> Iterator[RawRow | PendingRow]:
         """Its rows; a file that breaks off yields what stands before, then one row that cannot be read."""
         line = 0
         try:
@@ -133,7 +150,7 @@ class _ZstdReader(io.RawIOBase):
 # JSON.
 
 
-def _read_jsonl(file: LocalFile, note: Note) -> Iterator[RawRow]:
+def _read_jsonl(file: LocalFile, note: Note) -> Iterator[RawRow | PendingRow]:
     decoder = StrictDecoder()
     offset = 0
     with file.open() as stream:
@@ -143,7 +160,7 @@ def _read_jsonl(file: LocalFile, note: Note) -> Iterator[RawRow]:
                 note(f"{file.path} begins with a byte order mark")
                 line, start = line[3:], 3
             if not line.isspace() and line:
-                yield _json_line(decoder, Source(file.path, number), line, start)
+                yield PendingRow(Source(file.path, number), line, start, decoder)
 
 
 def _json_line(decoder: StrictDecoder, source: Source, line: bytes, offset: int) -> RawRow:
@@ -180,7 +197,7 @@ def _not_utf8(byte: int, offset: int) -> tuple[str, str]:
     return f"byte 0x{byte:02x} at offset {offset} of the file is not UTF-8", "save the file as UTF-8"
 
 
-def _read_json(file: LocalFile, note: Note) -> Iterator[RawRow]:
+def _read_json(file: LocalFile, note: Note) -> Iterator[RawRow | PendingRow]:
     """An array of rows; or rows one after the other, on a line each or over several."""
     with file.open() as stream:
         text = JsonText(stream)
@@ -410,7 +427,7 @@ class HubRows:
     name: str
     split: str
 
-    def rows(self, note: Note) -> Iterator[RawRow]:
+    def rows(self, note: Note) -> Iterator[RawRow | PendingRow]:
         """Its rows; the line of a row is its number.
 
         Raises:

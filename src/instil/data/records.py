@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import IO, Any, Literal, cast
 
 from instil.conversation import Record
-from instil.data.files import DataFile, LocalFile, RawRow
+from instil.data.files import DataFile, LocalFile, Note, PendingRow, RawRow
 from instil.data.row import Row
 from instil.data.shapes import (
     OBJECTIVES,
@@ -64,6 +64,18 @@ class Report:
     def note(self, text: str) -> None:
         """Counts a note."""
         self.notes[text] += 1
+
+    def merge(self, other: Report) -> None:
+        """Adds what was met in other rows of the same data."""
+        self.rows += other.rows
+        self.records += other.records
+        self.rejected += other.rejected
+        self.shapes.update(other.shapes)
+        self.unused_columns.update(other.unused_columns)
+        self.problems += other.problems
+        self.notes.update(other.notes)
+        for path, counts in other.files.items():
+            self.files.setdefault(path, Counter()).update(counts)
 
 
 def read(
@@ -160,7 +172,8 @@ def _survey(file: DataFile, plan: _Plan) -> _Survey:
     strange: Mapping[str, Any] | None = None
     met = 0
     with closing(cast(Any, file.rows(lambda text: None))) as rows:
-        for met, raw in enumerate(rows, 1):
+        for met, pending in enumerate(rows, 1):
+            raw = pending.read()
             if raw.values is not None:
                 columns |= raw.values.keys()
                 values = plan.renamed(raw.values)
@@ -230,28 +243,61 @@ class Records:
 
     def __iter__(self) -> Iterator[Record]:
         report = self.report = Report()
-        skip = self.on_bad_row == "skip"
         with _Rejects(self.rejects) as rejects:
-            for file, survey in self._files:
-                counts = report.files.setdefault(file.path, Counter())
-                with closing(cast(Any, file.rows(report.note))) as rows:
-                    for raw in rows:
-                        report.rows += 1
-                        row, record = self._read_row(raw, survey)
-                        if record is None:
-                            report.rejected += 1
-                            report.problems += row.problems
-                            rejects.write(raw, row.problems)
-                            continue
-                        _count(report, counts, row, record)
-                        if skip or not report.problems:
-                            yield record
-        if report.problems and not skip:
-            raise DataError(
-                f"{report.rejected:,} of {report.rows:,} rows cannot be used",
-                "Mend them, or leave them out with --on-bad-row skip (--rejects keeps them in a file).",
-                report.problems,
-            )
+            for raw, survey in self._rows(report.note):
+                record = self._take(report, raw.read(), survey, rejects)
+                if record is not None and (self.on_bad_row == "skip" or not report.problems):
+                    yield record
+        if report.problems and self.on_bad_row != "skip":
+            raise self.unusable(report.problems)
+
+    def shared(self, number: int, of: int, size: int) -> Iterator[tuple[list[Record], list[RowProblem]]]:
+        """Every `of`-th chunk of `size` rows from chunk `number` on: its records, and what is wrong with its rows.
+
+        So several processes read the same data, each its share of the rows. Nothing is raised for bad rows, and none
+        are written to the rejects file; `report` tells of the rows of the share.
+        """
+        report = self.report = Report()
+        records: list[Record] = []
+        met = told = 0
+        for met, (raw, survey) in enumerate(self._rows(report.note if number == 0 else lambda text: None), 1):
+            if (met - 1) // size % of == number:
+                record = self._take(report, raw.read(), survey, None)
+                if record is not None and (self.on_bad_row == "skip" or not report.problems):
+                    records.append(record)
+                if met % size == 0:
+                    yield records, report.problems[told:]
+                    records, told = [], len(report.problems)
+        if met % size and (met - 1) // size % of == number:
+            yield records, report.problems[told:]
+
+    def unusable(self, problems: Sequence[RowProblem]) -> DataError:
+        """The error of bad rows, all of them."""
+        return DataError(
+            f"{len({problem.source for problem in problems}):,} of {self.report.rows:,} rows cannot be used",
+            "Mend them, or leave them out with --on-bad-row skip (--rejects keeps them in a file).",
+            problems,
+        )
+
+    def _rows(self, note: Note) -> Iterator[tuple[RawRow | PendingRow, _Survey]]:
+        for file, survey in self._files:
+            with closing(cast(Any, file.rows(note))) as rows:
+                for raw in rows:
+                    yield raw, survey
+
+    def _take(self, report: Report, raw: RawRow, survey: _Survey, rejects: _Rejects | None) -> Record | None:
+        """The row's record, if it is a good row; counted either way."""
+        report.rows += 1
+        counts = report.files.setdefault(raw.source.path, Counter())
+        row, record = self._read_row(raw, survey)
+        if record is not None:
+            _count(report, counts, row, record)
+            return record
+        report.rejected += 1
+        report.problems += row.problems
+        if rejects is not None:
+            rejects.write(raw, row.problems)
+        return None
 
     def check(self) -> Report:
         """Reads everything and keeps nothing but the report.
@@ -275,13 +321,23 @@ class Records:
         if self.rejects is None:
             return
         with _Rejects(self.rejects) as rejects:
-            for file, survey in self._files:
-                with closing(cast(Any, file.rows(lambda text: None))) as rows:
-                    for raw in rows:
-                        row, record = self._read_row(raw, survey)
-                        found = later.get(str(raw.source)) if record is not None else row.problems
-                        if found:
-                            rejects.write(raw, found)
+            for pending, survey in self._rows(lambda text: None):
+                raw = pending.read()
+                row, record = self._read_row(raw, survey)
+                found = later.get(str(raw.source)) if record is not None else row.problems
+                if found:
+                    rejects.write(raw, found)
+
+    @property
+    def paths(self) -> list[str]:
+        """The files of the data, as the user named them."""
+        return [file.path for file, _ in self._files]
+
+    @property
+    def bytes_on_disk(self) -> int | None:
+        """The size of the files; None where rows come from elsewhere."""
+        files = [file for file, _ in self._files if isinstance(file, LocalFile)]
+        return sum(file.file.stat().st_size for file in files) if len(files) == len(self._files) else None
 
     def fingerprint(self) -> str | None:
         """What decides the records, as a hash: the bytes of the files and how they are read; None without bytes."""

@@ -7,14 +7,14 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import weakref
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
-from itertools import chain, islice
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import chain
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,16 @@ import numpy as np
 
 from instil.conversation import Record
 from instil.data import Records
-from instil.errors import DataError, RowProblem, UsageError
+from instil.data import Report as ReadReport
+from instil.errors import PackingError, RowProblem, UsageError
 from instil.packing.packs import Report
 from instil.packing.store import Columns, StoredTrees, columns, write
 from instil.packing.summary import Summary, describe
 from instil.packing.tree import TokenTree
 from instil.prompt import EncodedRecord, PromptOptions, RecordEncoder, load_renderer
 
-_CHUNK = 128  # records sent to a worker at once
-_ALONE = 2_000  # so few records are encoded here: starting workers takes longer
+_CHUNK = 128  # rows encoded at once
+_ALONE = 500_000  # so few bytes of data are encoded here: starting processes takes longer
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +143,7 @@ def _cores() -> int:
 
 @dataclass(slots=True)
 class _Part:
-    """What became of some records in a row."""
+    """What became of some rows in a row."""
 
     columns: Columns
     summary: Summary
@@ -150,48 +151,29 @@ class _Part:
     stop_tokens: list[str]
 
 
-@dataclass(slots=True)
-class _Totals:
-    summary: Summary = field(default_factory=Summary)
-    problems: list[RowProblem] = field(default_factory=list)
-    stop_tokens: dict[str, None] = field(default_factory=dict)
-
-
 def _fill(folder: Path, records: Records, encoder: RecordEncoder, workers: int) -> None:
     """Encode the records and write their trees and counts into the folder."""
-    totals = _Totals()
-    files: dict[str, int] = {}
-    unread: DataError | None = None
-
-    def numbered() -> Iterator[list[tuple[int, Record]]]:
-        nonlocal unread
-        stream = iter(records)
-        while True:
-            chunk: list[tuple[int, Record]] = []
-            try:
-                for record in islice(stream, _CHUNK):
-                    chunk.append((files.setdefault(record.source.path, len(files)), record))
-            except DataError as error:
-                unread = error
-            if chunk:
-                yield chunk
-            if len(chunk) < _CHUNK:
-                return
+    summary = Summary()
+    problems: list[RowProblem] = []
+    stop_tokens: dict[str, None] = {}
 
     def parts() -> Iterator[Columns]:
-        for part in _encoded(numbered(), encoder, workers):
-            totals.summary.merge(part.summary)
-            totals.problems += part.problems
-            totals.stop_tokens.update(dict.fromkeys(part.stop_tokens))
+        for part in _parts(records, encoder, workers):
+            summary.merge(part.summary)
+            problems.extend(part.problems)
+            stop_tokens.update(dict.fromkeys(part.stop_tokens))
             yield part.columns
 
     write(folder, parts())
-    _refuse(records, unread, totals.problems)
-    _tally_duplicates(folder, totals.summary, tuple(files))
+    if problems and records.on_bad_row == "skip":
+        records.reject(problems)
+    elif problems:
+        raise records.unusable(problems)
+    _tally_duplicates(StoredTrees(folder, records.paths), summary)
     meta = {
-        "summary": totals.summary.to_json(),
-        "files": list(files),
-        "stop_tokens": list(totals.stop_tokens),
+        "summary": summary.to_json(),
+        "files": records.paths,
+        "stop_tokens": list(stop_tokens),
         "added_tokens": list(encoder.renderer.tokenizer.added),
         "warnings": list(encoder.renderer.warnings),
         "report": _report(records),
@@ -199,58 +181,83 @@ def _fill(folder: Path, records: Records, encoder: RecordEncoder, workers: int) 
     (folder / "meta.json").write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
 
 
-def _refuse(records: Records, unread: DataError | None, problems: list[RowProblem]) -> None:
-    """Raise what is wrong with rows that were read, or could not be; or have them put among the rejects."""
-    if records.on_bad_row == "skip":
-        if problems:
-            records.reject(problems)
-        return
-    if unread is None and not problems:
-        return
-    every = [*(unread.problems if unread else ()), *problems]
-    raise DataError(
-        f"{len({problem.source for problem in every}):,} of {records.report.rows:,} rows cannot be used",
-        "Mend them, or leave them out with --on-bad-row skip (--rejects keeps them in a file).",
-        every,
-    )
+def _parts(records: Records, encoder: RecordEncoder, workers: int) -> Iterator[_Part]:
+    """All rows in chunks, in order: encoded here if they are few, by several processes otherwise."""
+    size = records.bytes_on_disk
+    if workers > 1 and size is not None and size > _ALONE:
+        yield from _parts_of_workers(records, encoder, workers)
+    else:
+        yield from _share(records, encoder, 0, 1)
 
 
-def _encoded(chunks: Iterator[list[tuple[int, Record]]], encoder: RecordEncoder, workers: int) -> Iterator[_Part]:
-    """The chunks' parts in order, encoded here if they are few, by workers otherwise; never many at once."""
-    first = list(islice(chunks, _ALONE // _CHUNK))
-    if workers < 2 or len(first) < _ALONE // _CHUNK:
-        yield from (_encode(encoder, chunk) for chunk in chain(first, chunks))
-        return
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with ProcessPoolExecutor(workers, context, _start_worker, (encoder,)) as pool:
-        pending: deque[Future[_Part]] = deque()
-        try:
-            for chunk in chain(first, chunks):
-                pending.append(pool.submit(_work, chunk))
-                if len(pending) > 3 * workers:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+def _share(records: Records, encoder: RecordEncoder, number: int, of: int) -> Iterator[_Part]:
+    """Every `of`-th chunk of the rows, encoded."""
+    files = {path: index for index, path in enumerate(records.paths)}
+    for chunk, problems in records.shared(number, of, _CHUNK):
+        part = _encode(encoder, chunk, files)
+        part.problems[:0] = problems
+        yield part
 
 
-_worker_encoder: RecordEncoder
+def _parts_of_workers(records: Records, encoder: RecordEncoder, workers: int) -> Iterator[_Part]:
+    """Each process reads the data and encodes its share; what they send is taken in turn, so in the order of the rows.
+
+    A process that is ahead waits, since nobody empties its pipe: memory stays constant.
+    """
+    context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    processes = []
+    receivers = []
+    total = ReadReport()
+    try:
+        for number in range(workers):
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_work, args=(sender, records, encoder, number, workers), daemon=True)
+            process.start()
+            sender.close()
+            processes.append(process)
+            receivers.append(receiver)
+        while receivers:
+            for receiver in list(receivers):
+                sent = _received(receiver)
+                if isinstance(sent, _Part):
+                    yield sent
+                else:
+                    total.merge(sent)
+                    receivers.remove(receiver)
+    finally:
+        for process in processes:
+            process.terminate()
+            process.join()
+    records.report = total
 
 
-def _start_worker(encoder: RecordEncoder) -> None:
-    global _worker_encoder
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are taken by the other workers
-    _worker_encoder = encoder
+def _received(receiver: Connection) -> _Part | ReadReport:
+    try:
+        sent: _Part | ReadReport | Exception = receiver.recv()
+    except EOFError as error:
+        raise PackingError(
+            "a process that encodes has died (memory may have run out)", "Use fewer: --workers 1 encodes here."
+        ) from error
+    if isinstance(sent, Exception):
+        raise sent
+    return sent
 
 
-def _work(chunk: list[tuple[int, Record]]) -> _Part:
-    return _encode(_worker_encoder, chunk)
+def _work(sender: Connection, records: Records, encoder: RecordEncoder, number: int, of: int) -> None:
+    """In a process of its own: send the parts of a share, then the report of its rows, or what went wrong."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are taken by the other processes
+    try:
+        for part in _share(records, encoder, number, of):
+            sender.send(part)
+        sender.send(records.report)
+    except Exception as error:
+        sender.send(error)
 
 
-def _encode(encoder: RecordEncoder, chunk: list[tuple[int, Record]]) -> _Part:
+def _encode(encoder: RecordEncoder, chunk: list[Record], files: Mapping[str, int]) -> _Part:
     """Encode some records into trees and counts."""
-    rows = encoder.encode([record for _, record in chunk])
+    rows = encoder.encode(chunk)
     backend = encoder.renderer.tokenizer.backend
     stop_ids = frozenset(i for i in map(backend.token_to_id, encoder.renderer.stop_tokens) if i is not None)
     summary = Summary()
@@ -258,12 +265,12 @@ def _encode(encoder: RecordEncoder, chunk: list[tuple[int, Record]]) -> _Part:
     trees: list[TokenTree] = []
     places: list[tuple[int, int, int]] = []
     lengths: list[int] = []
-    for (file, record), row in zip(chunk, rows, strict=True):
+    for record, row in zip(chunk, rows, strict=True):
         summary.add(row, stop_ids)
         problems += row.problems
         if row.exchanges and record.kind != "prompt":
             trees.append(TokenTree.from_exchanges(row.exchanges))
-            places.append((file, record.source.line, _hash(row)))
+            places.append((files[record.source.path], record.source.line, _hash(row)))
             lengths += map(len, row.exchanges)
     named = zip(*places, strict=True) if places else ((), (), ())
     found = {
@@ -281,9 +288,8 @@ def _hash(row: EncodedRecord) -> int:
     return int.from_bytes(digest.digest(), "little")
 
 
-def _tally_duplicates(folder: Path, summary: Summary, files: Sequence[str]) -> None:
+def _tally_duplicates(trees: StoredTrees, summary: Summary) -> None:
     """Count the rows whose tokens are those of an earlier row."""
-    trees = StoredTrees(folder, files)
     _, first = np.unique(trees.hashes, return_index=True)
     again = np.ones(len(trees), np.bool_)
     again[first] = False

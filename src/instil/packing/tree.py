@@ -116,11 +116,15 @@ class TokenTree:
     @property
     def longest(self) -> int:
         """The tokens of the longest path; 0 without exchanges."""
+        if self.exchanges == 1:
+            return self.size
         return int(self.position_ids.max(initial=-1)) + 1
 
     @property
     def unshared(self) -> int:
         """The tokens that the exchanges would take one by one."""
+        if self.exchanges == 1:
+            return self.size
         return int(self.path_lengths.sum())
 
     @property
