@@ -152,7 +152,9 @@ def _joined(arrays: Sequence[NDArray[Any]], kind: type[np.generic]) -> NDArray[A
 
 
 def _mapped(path: Path, kind: str) -> NDArray[Any]:
-    return np.memmap(path, np.dtype(kind), "r") if path.stat().st_size else np.empty(0, np.dtype(kind))
+    if not path.stat().st_size:
+        return np.empty(0, np.dtype(kind))
+    return np.memmap(path, np.dtype(kind), "r").view(np.ndarray)  # still mapped; slices of a memmap are slow
 
 
 def _starts(counts: NDArray[Any]) -> Ints:

@@ -58,7 +58,7 @@ class Summary:
     Args:
         counts: `rows`, `exchanges`, `stopped` (exchanges that end in a stop token), `tokens` (of the exchanges one by
             one), `trained` (of them, the tokens of weight above 0).
-        tallies: By subject (`status`, `cut because`, …, `kind`, `boundary_rows`, `spelled`, `left_out`, `rewritten`,
+        tallies: By subject (`status`, `cut because`, …, `kind`, `split`, `spelled`, `left_out`, `rewritten`,
             `duplicate`) and by what was found: the rows.
         role_tokens: Tokens of the exchanges one by one, by whose text they are; empty unless asked for.
         role_trained: Those of them that are trained.
@@ -92,14 +92,15 @@ class Summary:
             self.tally("left_out", what).add(source)
         if row.rewritten:
             self.tally("rewritten", "history").add(source)
-        for boundary in sorted({exchange.boundary for exchange in row.exchanges}):
-            self.tally("boundary_rows", boundary).add(source)
+        if any(exchange.boundary == "split" for exchange in row.exchanges):
+            self.tally("split", "seam").add(source)
         for exchange in row.exchanges:
+            ids = exchange.completion_ids
+            trained = np.count_nonzero(exchange.prompt_weights) + np.count_nonzero(exchange.completion_weights)
             self.counts["exchanges"] += 1
             self.counts[f"boundary {exchange.boundary}"] += 1
             self.counts["tokens"] += len(exchange)
-            self.counts["trained"] += int((exchange.prompt_weights > 0).sum() + (exchange.completion_weights > 0).sum())
-            ids = exchange.completion_ids
+            self.counts["trained"] += int(trained)
             self.counts["stopped"] += bool(len(ids)) and int(ids[-1]) in stop_ids
         self.role_tokens.update(row.role_tokens)
         self.role_trained.update(row.role_trained)
@@ -225,7 +226,7 @@ def _warnings(summary: Summary, report: Mapping[str, Any]) -> list[str]:
         said.append(f"messages spell the control token {what}, encoded as plain text: {tally}")
     for subject, says in _SAID.items():
         said += [f"{says}: {tally}" for tally in tallies.get(subject, {}).values()]
-    if split := tallies.get("boundary_rows", {}).get("split"):
+    if split := tallies.get("split", {}).get("seam"):
         said.append(f"a token would straddle the seam, so the completion was encoded by itself: {split}")
     if prompts := tallies.get("kind", {}).get("prompt"):
         said.append(f"rows without an answer are for evaluation and train nothing: {prompts}")

@@ -215,7 +215,8 @@ class RecordEncoder:
         exchange = self._exchange(draft, seen)
         limit, policy = self.max_length, self.options.on_too_long
         if limit is None or len(exchange) <= limit:
-            return replace(draft, exchange=exchange)
+            draft.exchange = exchange
+            return draft
         reason = f"{len(exchange):,} tokens, more than max_length {limit:,}"
         if policy == "error":
             raise TemplateError(

@@ -116,7 +116,7 @@ class Renderer:
     def prompt(self, conversation: Conversation, *, follow: bool = False) -> TextExchange:
         """The prompt that a conversation's messages make, with no completion."""
         messages, tools = [message.to_wire() for message in conversation.messages], _tools(conversation)
-        prompt = self._render(messages, tools, answer=True, follow=follow)
+        prompt = self._render(messages, tools, self._spells(messages, tools), answer=True, follow=follow)
         return TextExchange(prompt.text, prompt.text, prompt.plain_at, prompt.spans)
 
     def exchange(self, conversation: Conversation, turn: int, *, follow: bool = False) -> TextExchange:
@@ -132,8 +132,9 @@ class Renderer:
                 cannot be followed, or the answer is left out.
         """
         messages, tools = [message.to_wire() for message in conversation.messages], _tools(conversation)
-        before = self._render(messages[:turn], tools, answer=True, follow=follow)
-        after = self._render(messages[: turn + 1], tools, answer=False, follow=follow)
+        spelled = self._spells(messages[: turn + 1], tools)
+        before = self._render(messages[:turn], tools, spelled, answer=True, follow=follow)
+        after = self._render(messages[: turn + 1], tools, spelled, answer=False, follow=follow)
         prompt = before.text
         if not after.text.startswith(prompt):
             after = self._reasoned(prompt, after, messages[turn], turn)
@@ -158,10 +159,12 @@ class Renderer:
             bos, full, frozenset(spelled), (Span(0, False, len(bos), len(bos) + len(message.content)),), True
         )
 
-    def _render(self, messages: Sequence[Wire], tools: Sequence[Wire], *, answer: bool, follow: bool) -> _Rendering:
+    def _render(
+        self, messages: Sequence[Wire], tools: Sequence[Wire], spelled: bool, *, answer: bool, follow: bool
+    ) -> _Rendering:
         plain = self._call(messages, tools, answer=answer)
         spans = self._follow(messages, tools, plain, answer) if follow else ()
-        if not any(map(self._spelled, _texts([*messages, *tools]))):
+        if not spelled:
             return _Rendering(plain, frozenset(), spans)
         (mark,) = _unused(plain, 1)
         for breakable in (frozenset(self.encoder.controls), self.structure):
@@ -301,8 +304,9 @@ class Renderer:
                 names.add(self._find_ending([_USER, answer], ()).stop)
         return frozenset(names & self.encoder.controls.keys())
 
-    def _spelled(self, text: str) -> bool:
-        return bool(self.encoder.pattern.search(text)) and bool(self.encoder.spelled(text))
+    def _spells(self, messages: Sequence[Wire], tools: Sequence[Wire]) -> bool:
+        """Whether a message or tool spells a control token."""
+        return bool(self.encoder.spelled("\0".join(_texts([*messages, *tools]))))
 
     def _broken(self, node: Any, breakable: frozenset[str], mark: str) -> Any:
         """The texts of a message or tool with a mark in each control token that they spell."""

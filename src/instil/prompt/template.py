@@ -59,19 +59,21 @@ class ChatTemplate:
         Raises:
             TemplateError: The template refuses the messages or fails on them.
         """
-        from transformers.utils.chat_template_utils import render_jinja_template
+        from transformers.utils.chat_template_utils import _compile_jinja_template
 
+        # What render_jinja_template does, less its copy of the messages, which are plain data already.
+        aliased = [_with_thinking(message) if "reasoning_content" in message else message for message in messages]
         try:
-            rendered, _ = render_jinja_template(
-                [list(messages)],
+            rendered = _compile_jinja_template(self.text).render(
+                messages=aliased,
                 tools=list(tools) or None,
-                chat_template=self.text,
+                documents=None,
                 add_generation_prompt=answer,
                 **{**self.special_tokens, **self.arguments},
             )
         except Exception as error:
             raise TemplateError(f"the template {self.name!r} refuses this conversation: {error}") from error
-        return str(rendered[0])
+        return str(rendered)
 
     def spells(self, token: str) -> bool:
         """Whether the template's source holds this text."""
@@ -82,6 +84,11 @@ class ChatTemplate:
         today = datetime.date.today().isoformat() if "strftime_now" in self.text else ""
         parts = [self.text, json.dumps([self.special_tokens, self.arguments], sort_keys=True, default=str), today]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def _with_thinking(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The message with its reasoning under the name that gpt-oss reads as well, as transformers gives it."""
+    return {"thinking": message["reasoning_content"], **message}
 
 
 @dataclass(frozen=True, slots=True)

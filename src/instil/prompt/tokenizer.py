@@ -26,6 +26,7 @@ _SPACE = (
     "\u2028\u2029\u202f\u205f\u3000"
 )
 _SPACES = re.compile(f"[{_SPACE}]*")  # what a token with lstrip or rstrip swallows; Python's own strip takes more
+_NO_MODEL = {"type": "BPE", "vocab": {}, "merges": []}
 _MEMO_TOKENS = 2_000_000
 _MEMO_CUTS = 2_000
 _NO_LIMIT = 1e9  # tokenizers that know no limit state an enormous one
@@ -188,9 +189,11 @@ class Encoder:
         }
         self.pattern = _cut_pattern(added, self.controls)
         self._swallows = {name: (added[name]["lstrip"], added[name]["rstrip"]) for name in self.controls}
-        self._plain = _plain_tokenizer(state, self.controls)
+        self._plain = _plain_tokenizer(tokenizer.backend, state, self.controls)
         without = _without_dummy_prefix(state)
-        self._continuing = self._plain if without == state else _plain_tokenizer(without, self.controls)
+        self._continuing = (
+            self._plain if without == state else _plain_tokenizer(tokenizer.backend, without, self.controls)
+        )
         self._first_differs = _first_differs(state)
         never = {*self.controls.values(), self._plain.token_to_id(_ANCHOR)}
         self._steering = frozenset(never) - {_unknown(state["model"], tokenizer.backend)}
@@ -335,11 +338,27 @@ def _exact_cut(token: Mapping[str, Any], backend: tokenizers.Tokenizer, state: M
     return not moved and normalizer.normalize_str(token["content"]) == token["content"]
 
 
-def _plain_tokenizer(state: Mapping[str, Any], controls: Mapping[str, int]) -> tokenizers.Tokenizer:
-    """The tokenizer as it encodes plain text: blind to the control tokens, to BOS and to truncation."""
+def _plain_tokenizer(
+    backend: tokenizers.Tokenizer, state: Mapping[str, Any], controls: Mapping[str, int]
+) -> tokenizers.Tokenizer:
+    """The tokenizer as it encodes plain text: blind to the control tokens, to BOS and to truncation.
+
+    The model is shared, since a large vocabulary takes long to build; should its added tokens not find their ids again
+    that way, all is built anew.
+    """
     added = [{**token, "special": token["content"] in controls} for token in state["added_tokens"]]
     changed = {**state, "added_tokens": added, "post_processor": None, "truncation": None, "padding": None}
-    plain = tokenizers.Tokenizer.from_str(json.dumps(changed))
+    shell = tokenizers.Tokenizer.from_str(json.dumps({**changed, "added_tokens": [], "model": _NO_MODEL}))
+    plain = tokenizers.Tokenizer(backend.model)
+    for part in ("normalizer", "pre_tokenizer"):
+        if getattr(shell, part) is not None:
+            setattr(plain, part, getattr(shell, part))
+    for token in sorted(added, key=lambda token: token["id"]):
+        flags = {flag: token[flag] for flag in ("single_word", "lstrip", "rstrip", "normalized", "special")}
+        add = plain.add_special_tokens if token["special"] else plain.add_tokens
+        add([tokenizers.AddedToken(token["content"], **flags)])
+    if any(plain.token_to_id(token["content"]) != token["id"] for token in added):
+        plain = tokenizers.Tokenizer.from_str(json.dumps(changed))
     plain.add_tokens([tokenizers.AddedToken(_ANCHOR, normalized=False, special=False)])
     plain.encode_special_tokens = True
     return plain
