@@ -378,14 +378,18 @@ def control_tokens(template: ChatTemplate, tokenizer: Tokenizer) -> list[str]:
 
 
 def _texts(node: Any) -> list[str]:
-    """Every text that a message or tool holds; the keys too, for a call's arguments are named by the data."""
-    if isinstance(node, str):
-        return [node]
-    if isinstance(node, Mapping):
-        return [text for item in node.items() for text in _texts(item)]
-    if isinstance(node, list | tuple):
-        return [text for item in node for text in _texts(item)]
-    return []
+    """Every text that messages or tools hold; the keys too, for a call's arguments are named by the data."""
+    texts, pending = [], [node]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, str):
+            texts.append(item)
+        elif isinstance(item, dict | Mapping):  # a dict is known as such much faster than as a Mapping
+            pending += item
+            pending += item.values()
+        elif isinstance(item, list | tuple):
+            pending += item
+    return texts
 
 
 def _map_texts(node: Any, change: Callable[[str], str]) -> Any:

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -59,21 +60,22 @@ class ChatTemplate:
         Raises:
             TemplateError: The template refuses the messages or fails on them.
         """
-        from transformers.utils.chat_template_utils import _compile_jinja_template
-
-        # What render_jinja_template does, less its copy of the messages, which are plain data already.
         aliased = [_with_thinking(message) if "reasoning_content" in message else message for message in messages]
         try:
-            rendered = _compile_jinja_template(self.text).render(
-                messages=aliased,
-                tools=list(tools) or None,
-                documents=None,
-                add_generation_prompt=answer,
-                **{**self.special_tokens, **self.arguments},
-            )
+            compiled, known = _compiled(self.text)
+            given = {
+                **known,
+                "messages": aliased,
+                "tools": list(tools) or None,
+                "documents": None,
+                "add_generation_prompt": answer,
+                **self.special_tokens,
+                **self.arguments,
+            }
+            rendered = "".join(compiled.root_render_func(compiled.new_context(given, shared=True)))
         except Exception as error:
             raise TemplateError(f"the template {self.name!r} refuses this conversation: {error}") from error
-        return str(rendered)
+        return rendered
 
     def spells(self, token: str) -> bool:
         """Whether the template's source holds this text."""
@@ -84,6 +86,19 @@ class ChatTemplate:
         today = datetime.date.today().isoformat() if "strftime_now" in self.text else ""
         parts = [self.text, json.dumps([self.special_tokens, self.arguments], sort_keys=True, default=str), today]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+@lru_cache(maxsize=16)
+def _compiled(text: str) -> tuple[Any, dict[str, Any]]:
+    """The template as transformers compiles it, in its sandbox, and the names it knows whatever it is given.
+
+    What transformers does to render it, less what takes most of the time: it copies the messages, which are plain data
+    here already, and jinja2 collects the known names anew for each rendering.
+    """
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    compiled = _compile_jinja_template(text)
+    return compiled, dict(compiled.globals)
 
 
 def _with_thinking(message: Mapping[str, Any]) -> Mapping[str, Any]:
