@@ -1,6 +1,7 @@
 """Preparation: what it stores is what the exchanges are, however many processes did it, from the cache or anew."""
 
 import json
+import operator
 import os
 from pathlib import Path
 
@@ -37,8 +38,15 @@ def conversations(count):
     return [*rows, *rows[:20]]
 
 
+def tokenizer_text(tokenizer, ids):
+    return instil.load_tokenizer(tokenizer).decode(ids.tolist()).removesuffix("<|im_end|>").split("<")[0]
+
+
 def stored(prepared):
-    return [[[e.record, *(part.tolist() for part in e[1:])] for e in instil.expand(tree)] for tree in prepared.trees]
+    return [
+        [[e.record, e.label, *(part.tolist() for part in e[2:])] for e in instil.expand(tree)]
+        for tree in prepared.trees
+    ]
 
 
 @pytest.mark.parametrize("prompt_weight", [0.0, 0.5])
@@ -47,27 +55,18 @@ def test_what_is_stored_is_what_the_exchanges_are(tmp_path, tokenizer, prompt_we
     options = instil.PromptOptions(template="chatml", prompt_weight=prompt_weight)
     prepared = instil.prepare(instil.read(file), tokenizer, options)
     rows = list(instil.exchanges(instil.read(file), tokenizer, **options.model_dump()))
-    wanted = []
-    for number, row in enumerate(rows):
-        wanted.append(
-            [
-                [
-                    number,
-                    *(
-                        part.tolist()
-                        for part in (e.prompt_ids, e.prompt_weights, e.completion_ids, e.completion_weights)
-                    ),
-                ]
-                for e in row.exchanges
-            ]
-        )
+    arrays = operator.attrgetter("prompt_ids", "prompt_weights", "completion_ids", "completion_weights")
+    wanted = [
+        [[number, exchange.label, *(part.tolist() for part in arrays(exchange))] for exchange in row.exchanges]
+        for number, row in enumerate(rows)
+    ]
     assert stored(prepared) == wanted
     assert [prepared.trees.name(n) for n in range(len(rows))] == [str(row.record.source) for row in rows]
     assert prepared.trees.lengths.tolist() == [len(e) for row in rows for e in row.exchanges]
     assert prepared.stop_tokens == ("<|im_end|>",)
     assert prepared.added_tokens == ("<|im_start|>", "<|im_end|>")
     (duplicates,) = prepared.describe()["duplicates"]
-    assert duplicates["rows"] == len(rows) - len({json.dumps([e[1:] for e in row]) for row in wanted})
+    assert duplicates["rows"] == len(rows) - len({json.dumps([e[2:] for e in row]) for row in wanted})
     (spelled,) = prepared.describe()["control_tokens_in_text"]
     assert spelled["what"] == "<|im_end|>"
     assert spelled["rows"] == sum("<|im_end|>" in line for line in file.read_text().splitlines())
@@ -160,9 +159,50 @@ def test_the_limit_is_the_smaller_of_the_models_and_the_batchs(tmp_path, tokeniz
     assert kept(tokens_per_batch=1000) == 2
     assert kept(tokens_per_batch=50) == 1
     longer = instil.PromptOptions(template="plain", max_length=1000)
-    prepared = instil.prepare(instil.read(file), model, longer, tokens_per_batch=50)
-    with pytest.raises(instil.PackingError, match=rf"{file}:3"):
-        instil.pack(prepared.trees, 50)
+    with pytest.raises(instil.PackingError, match=rf"1 row of 3 .*\n  {file}:3"):
+        instil.prepare(instil.read(file), model, longer, tokens_per_batch=70)
+
+
+def test_labels_go_with_their_exchanges(tmp_path, tokenizer):
+    rows = [
+        {"prompt": "Is it?", "chosen": "Yes.", "rejected": ["No.", "Never."]},
+        {"prompt": "Is it?", "completion": "Yes.", "label": True},
+        {"prompt": "Is it?", "completion": "No.", "label": False},
+        {"prompt": "Is it?", "completion": "Yes."},
+    ]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    prepared = instil.prepare(instil.read(file), tokenizer, instil.PromptOptions(template="chatml"))
+    for batch in (*instil.pack(prepared.trees, 500, share_prefixes="on"), *instil.pack(prepared.trees, 50)):
+        for exchange in instil.expand(batch):
+            said = tokenizer_text(tokenizer, exchange.completion_ids)
+            wanted = {0: {"Yes.": "chosen"}.get(said, "rejected"), 1: "good", 2: "bad", 3: ""}[exchange.record]
+            assert exchange.label == wanted
+
+
+def test_a_damaged_cache_is_made_anew(tmp_path, tokenizer):
+    file = write_rows(tmp_path / "rows.jsonl", conversations(20))
+    cache = tmp_path / "cache"
+    options = instil.PromptOptions(template="chatml")
+    wanted = stored(instil.prepare(instil.read(file), tokenizer, options, cache=cache))
+    (folder,) = cache.iterdir()
+
+    def halve(path):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+    def flip(path):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+
+    damages = [lambda path: path.unlink(), halve, flip, lambda path: path.write_text("{}")]
+    for name in ("input_ids.bin", "exchange_prompt.bin", "arrays.json", "meta.json"):
+        for damage in damages:
+            damage(folder / name)
+            again = instil.prepare(instil.read(file), tokenizer, options, cache=cache)
+            assert not again.cached
+            assert stored(again) == wanted
+            assert instil.prepare(instil.read(file), tokenizer, options, cache=cache).cached
+            assert [path.name for path in cache.iterdir()] == [folder.name]
 
 
 def test_prompts_for_evaluation_train_nothing(tmp_path, tokenizer):

@@ -65,6 +65,25 @@ class Report:
         """Counts a note."""
         self.notes[text] += 1
 
+    def to_json(self) -> dict[str, Any]:
+        """The counts, without the problems, as plain JSON values; `from_json` takes them back."""
+        counts = {name: getattr(self, name) for name in ("rows", "records", "rejected")}
+        named = {name: dict(getattr(self, name)) for name in ("shapes", "unused_columns", "notes")}
+        return {**counts, **named, "files": {path: dict(shapes) for path, shapes in self.files.items()}}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Report:
+        """The inverse of `to_json`."""
+        return cls(
+            value["rows"],
+            value["records"],
+            value["rejected"],
+            Counter(value["shapes"]),
+            {path: Counter(shapes) for path, shapes in value["files"].items()},
+            Counter(value["unused_columns"]),
+            notes=Counter(value["notes"]),
+        )
+
     def merge(self, other: Report) -> None:
         """Adds what was met in other rows of the same data."""
         self.rows += other.rows

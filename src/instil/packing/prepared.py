@@ -13,7 +13,8 @@ import tempfile
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from itertools import chain
+from importlib.metadata import version
+from itertools import chain, groupby
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,13 @@ from instil.conversation import Record
 from instil.data import Records
 from instil.data import Report as ReadReport
 from instil.errors import PackingError, RowProblem, UsageError
-from instil.packing.packs import Report
+from instil.packing.packs import Report, plan
 from instil.packing.store import Columns, StoredTrees, columns, write
 from instil.packing.summary import Summary, describe
 from instil.packing.tree import TokenTree
 from instil.prompt import EncodedRecord, PromptOptions, RecordEncoder, load_renderer
 
+_MANIFEST = "manifest.json"
 _CHUNK = 128  # rows encoded at once
 _ALONE = 500_000  # so few bytes of data are encoded here: starting processes takes longer
 
@@ -111,11 +113,14 @@ def prepare(
     longest = options.max_length or min(limits, default=None)
     encoder = RecordEncoder(renderer, options, longest, records.objective, count_roles=count_roles)
     key = None if cache is None else _key(records, encoder)
-    if cache is not None and key is not None and records.rejects is None and (Path(cache) / key / "meta.json").exists():
-        return _load(Path(cache) / key, cached=True)
+    if cache is not None and key is not None and records.rejects is None and _is_whole(Path(cache) / key):
+        prepared = _load(Path(cache) / key, cached=True)
+        records.report = ReadReport.from_json(prepared.report)
+        return prepared
     folder = _new_folder(Path(cache) if cache is not None and key is not None else Path(tempfile.gettempdir()))
     try:
         _fill(folder, records, encoder, workers or _cores())
+        _refuse_long(_load(folder).trees, tokens_per_batch)
         if key is None:
             prepared = _load(folder)
             weakref.finalize(prepared.trees, shutil.rmtree, folder, ignore_errors=True)
@@ -124,6 +129,12 @@ def prepare(
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return _load(_put(folder, folder.parent / key))
+
+
+def _refuse_long(trees: StoredTrees, tokens_per_batch: int | None) -> None:
+    """Raise for rows that fit no batch, all of them named."""
+    if tokens_per_batch is not None and len(trees) and int(trees.longest.max()) > tokens_per_batch:
+        plan(trees, tokens_per_batch, share_prefixes="off")
 
 
 def _new_folder(root: Path) -> Path:
@@ -165,9 +176,9 @@ def _fill(folder: Path, records: Records, encoder: RecordEncoder, workers: int) 
             yield part.columns
 
     write(folder, parts())
-    if problems and records.on_bad_row == "skip":
+    if records.rejects is not None:
         records.reject(problems)
-    elif problems:
+    if problems and records.on_bad_row != "skip":
         raise records.unusable(problems)
     _tally_duplicates(StoredTrees(folder, records.paths), summary)
     meta = {
@@ -176,9 +187,10 @@ def _fill(folder: Path, records: Records, encoder: RecordEncoder, workers: int) 
         "stop_tokens": list(stop_tokens),
         "added_tokens": list(encoder.renderer.tokenizer.added),
         "warnings": list(encoder.renderer.warnings),
-        "report": _report(records),
+        "report": records.report.to_json(),
     }
-    (folder / "meta.json").write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
+    (folder / "meta.json").write_text(json.dumps(meta, ensure_ascii=True), encoding="utf-8")
+    (folder / _MANIFEST).write_text(json.dumps(_digests(folder)))
 
 
 def _parts(records: Records, encoder: RecordEncoder, workers: int) -> Iterator[_Part]:
@@ -195,6 +207,8 @@ def _share(records: Records, encoder: RecordEncoder, number: int, of: int) -> It
     files = {path: index for index, path in enumerate(records.paths)}
     for chunk, problems in records.shared(number, of, _CHUNK):
         part = _encode(encoder, chunk, files)
+        for source, same in groupby(problems, key=lambda problem: problem.source):
+            part.summary.reject(source, list(same))
         part.problems[:0] = problems
         yield part
 
@@ -246,6 +260,7 @@ def _received(receiver: Connection) -> _Part | ReadReport:
 def _work(sender: Connection, records: Records, encoder: RecordEncoder, number: int, of: int) -> None:
     """In a process of its own: send the parts of a share, then the report of its rows, or what went wrong."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are taken by the other processes
     try:
         for part in _share(records, encoder, number, of):
@@ -263,20 +278,18 @@ def _encode(encoder: RecordEncoder, chunk: list[Record], files: Mapping[str, int
     summary = Summary()
     problems: list[RowProblem] = []
     trees: list[TokenTree] = []
-    places: list[tuple[int, int, int]] = []
+    places: list[tuple[int, int, int, int]] = []
     lengths: list[int] = []
     for record, row in zip(chunk, rows, strict=True):
         summary.add(row, stop_ids)
         problems += row.problems
         if row.exchanges and record.kind != "prompt":
             trees.append(TokenTree.from_exchanges(row.exchanges))
-            places.append((files[record.source.path], record.source.line, _hash(row)))
+            source = record.source
+            places.append((files[source.path], source.line, getattr(source, "column", 0), _hash(row)))
             lengths += map(len, row.exchanges)
-    named = zip(*places, strict=True) if places else ((), (), ())
-    found = {
-        name: np.array(values, kind)
-        for name, values, kind in zip(("file", "line", "hash"), named, (np.int32, np.int64, np.uint64), strict=True)
-    }
+    kinds = {"file": np.int32, "line": np.int64, "column": np.int64, "hash": np.uint64}
+    found = {name: np.array([place[at] for place in places], kind) for at, (name, kind) in enumerate(kinds.items())}
     trained = columns(trees, found | {"lengths": np.array(lengths, np.int32)})
     return _Part(trained, summary, problems, list(encoder.renderer.stop_tokens))
 
@@ -297,18 +310,6 @@ def _tally_duplicates(trees: StoredTrees, summary: Summary) -> None:
         summary.tally("duplicate", "same tokens").add(trees.name(index))
 
 
-def _report(records: Records) -> dict[str, Any]:
-    report = records.report
-    return {
-        "rows": report.rows,
-        "rejected": report.rejected,
-        "shapes": dict(report.shapes),
-        "files": {path: dict(shapes) for path, shapes in report.files.items()},
-        "unused_columns": dict(report.unused_columns),
-        "notes": dict(report.notes),
-    }
-
-
 def _load(folder: Path, *, cached: bool = False) -> Prepared:
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     return Prepared(
@@ -323,12 +324,35 @@ def _load(folder: Path, *, cached: bool = False) -> Prepared:
 
 
 def _put(folder: Path, final: Path) -> Path:
-    """Move a finished folder to its place; another process may have been there first."""
+    """Move a finished folder to its place, unless another process has been there first."""
+    if _is_whole(final):
+        shutil.rmtree(folder)
+        return final
+    shutil.rmtree(final, ignore_errors=True)
     try:
         folder.rename(final)
     except OSError:
+        if not _is_whole(final):
+            raise
         shutil.rmtree(folder)
     return final
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a stored folder is as it was written: its manifest, written last, says what each file holds."""
+    try:
+        return bool(json.loads((folder / _MANIFEST).read_text()) == _digests(folder))
+    except (OSError, ValueError):
+        return False
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    digests = {}
+    for path in sorted(folder.iterdir()):
+        if path.name != _MANIFEST:
+            with path.open("rb") as content:
+                digests[path.name] = hashlib.file_digest(content, "sha256").hexdigest()
+    return digests
 
 
 def _key(records: Records, encoder: RecordEncoder) -> str | None:
@@ -344,6 +368,7 @@ def _key(records: Records, encoder: RecordEncoder) -> str | None:
         encoder.options.model_dump_json(),
         f"{encoder.max_length} {encoder.objective} {encoder.count_roles}",
         _code_version(),
+        *(f"{name} {version(name)}" for name in ("jinja2", "numpy", "pyarrow", "pyyaml", "tokenizers", "transformers")),
     ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 

@@ -22,6 +22,7 @@ _FIELDS: dict[str, type[np.generic]] = {
     "target_weights": np.float32,
     "target_exchange": np.int32,
     "exchange_prompt": np.int32,
+    "exchange_label": np.int8,
 }
 _COUNTS: dict[str, type[np.generic]] = {
     "sizes": np.int32,  # (N,) tokens of each tree
@@ -33,6 +34,7 @@ _COUNTS: dict[str, type[np.generic]] = {
 _ROWS: dict[str, type[np.generic]] = {
     "file": np.int32,  # (N,) the number of the file that the tree's row stands in
     "line": np.int64,  # (N,) its line there
+    "column": np.int64,  # (N,) its column, where several rows stand on a line, or 0
     "hash": np.uint64,  # (N,) of all its tokens: rows that are alike have the same
     "lengths": np.int32,  # (exchanges,) prompt and completion of each exchange together
 }
@@ -44,7 +46,7 @@ def columns(trees: Sequence[TokenTree], rows: Columns) -> Columns:
 
     Args:
         trees: One for each row of data.
-        rows: `file`, `line`, `hash` and `lengths` of the rows.
+        rows: `file`, `line`, `column`, `hash` and `lengths` of the rows.
     """
     found: Columns = {name: _joined([getattr(tree, name) for tree in trees], kind) for name, kind in _FIELDS.items()}
     counted = {
@@ -109,7 +111,8 @@ class StoredTrees(Sequence[TokenTree]):
 
     def name(self, index: int) -> str:
         """Where the row of a tree stands, as `file:line`."""
-        return f"{self.files[self._arrays['file'][index]]}:{self._arrays['line'][index]}"
+        file, line, column = (int(self._arrays[name][index]) for name in ("file", "line", "column"))
+        return f"{self.files[file]}:{line}" + (f":{column}" if column else "")
 
     def first_ids(self, index: int, start: int, stop: int) -> Ids:
         """The ids from `start` to `stop` of a tree's first path, fewer if it is shorter."""
@@ -144,6 +147,7 @@ class StoredTrees(Sequence[TokenTree]):
             self._arrays["target_exchange"][targets],
             self._arrays["exchange_prompt"][exchanges],
             np.full(exchanges.stop - exchanges.start, index),
+            self._arrays["exchange_label"][exchanges],
         )
 
 

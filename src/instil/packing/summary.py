@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -12,13 +12,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from instil.conversation import ROLES
+from instil.errors import RowProblem
 from instil.prompt import EncodedRecord
 from instil.prompt.exchange import Boundary
 
+_QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\b\d[\d,.]*\b")
+_INDEX = re.compile(r"\[\d+\]")
 _FIGURES = re.compile(r": [\d,]+ tokens, more than max_length [\d,]+")
 
 NAMED = 5
 """Rows named beside each count."""
+
+MOST_KINDS = 50
+"""Kinds of one subject that are told apart."""
 
 ROLE_NAMES = (*ROLES, "template")
 
@@ -70,8 +76,14 @@ class Summary:
     role_trained: Counter[str] = field(default_factory=Counter)
 
     def tally(self, subject: str, found: str) -> Tally:
-        """The count of one thing."""
-        return self.tallies.setdefault(subject, {}).setdefault(found, Tally())
+        """The count of one thing; of the things of a subject, all beyond the first are counted together."""
+        known = self.tallies.setdefault(subject, {})
+        return known.setdefault(found if found in known or len(known) < MOST_KINDS else "others", Tally())
+
+    def reject(self, source: str, problems: Sequence[RowProblem]) -> None:
+        """Count a row that could not be read."""
+        for what in dict.fromkeys(_general(_without_index(each.field) + each.reason) for each in problems):
+            self.tally("rejected because", what).add(source)
 
     def add(self, row: EncodedRecord, stop_ids: frozenset[int]) -> None:
         """Count one row.
@@ -243,6 +255,11 @@ _SAID = {
 
 
 def _general(reason: str) -> str:
-    """A reason without the figures of one row, so that rows of one kind are counted together."""
-    parts = (_FIGURES.sub(" (longer than max_length)", part) for part in reason.split("; "))
+    """A reason without what is particular to one row, so that rows of one kind are counted together."""
+    parts = (_QUOTED.sub("…", _FIGURES.sub(" (longer than max_length)", part)) for part in reason.split("; "))
     return "; ".join(dict.fromkeys(parts))
+
+
+def _without_index(field: str) -> str:
+    """A field's name for all rows: `messages[].role` for `messages[2].role`."""
+    return _INDEX.sub("[]", field) + ": " if field else ""

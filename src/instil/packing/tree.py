@@ -18,6 +18,8 @@ from instil.errors import PackingError
 if TYPE_CHECKING:
     from instil.prompt.exchange import Exchange
 
+LABELS = ("", "chosen", "rejected", "good", "bad")
+
 Ints: TypeAlias = NDArray[np.int64]
 Ids: TypeAlias = NDArray[np.int32] | NDArray[np.int64]
 
@@ -40,6 +42,7 @@ class TokenTree:
         target_exchange: (S,) int64, ascending, the number of the exchange in this forest.
         exchange_prompt: (E,) int64, the tokens of the exchange's prompt.
         exchange_record: (E,) int64, the row of data that the exchange comes from.
+        exchange_label: (E,) int64, its place in LABELS: what the objective is to make of it.
     """
 
     input_ids: Ints
@@ -51,6 +54,7 @@ class TokenTree:
     target_exchange: Ints
     exchange_prompt: Ints
     exchange_record: Ints
+    exchange_label: Ints
 
     @classmethod
     def from_exchanges(cls, exchanges: Sequence[Exchange], *, record: int = 0) -> TokenTree:
@@ -91,6 +95,7 @@ class TokenTree:
             target_exchange,
             np.array([path.prompt for path in paths], np.int64),
             np.full(len(paths), record),
+            np.array([LABELS.index(exchange.label) for exchange in exchanges], np.int64),
         )
 
     @property
@@ -163,6 +168,7 @@ class TokenTree:
             (chosen.cumsum() - 1)[self.target_exchange[targets]],
             self.exchange_prompt[chosen],
             self.exchange_record[chosen],
+            self.exchange_label[chosen],
         )
 
     def of_record(self, record: int) -> TokenTree:
@@ -179,6 +185,7 @@ class Expanded(NamedTuple):
 
     Args:
         record: The row of data.
+        label: "", `chosen`, `rejected`, `good` or `bad`.
         prompt_ids: (P,) int64.
         prompt_weights: (P,) float32, 0 where the token is no target.
         completion_ids: (C,) int64.
@@ -186,6 +193,7 @@ class Expanded(NamedTuple):
     """
 
     record: int
+    label: str
     prompt_ids: Ints
     prompt_weights: NDArray[np.float32]
     completion_ids: Ints
@@ -203,7 +211,8 @@ def expand(batch: TokenTree) -> Iterator[Expanded]:
         targets = slice(starts[number], starts[number + 1])
         weights[batch.position_ids[batch.target_rows[targets]] + 1] = batch.target_weights[targets]
         record = int(batch.exchange_record[number])
-        yield Expanded(record, ids[:prompt], weights[:prompt], ids[prompt:], weights[prompt:])
+        label = LABELS[int(batch.exchange_label[number])]
+        yield Expanded(record, label, ids[:prompt], weights[:prompt], ids[prompt:], weights[prompt:])
 
 
 def depths(subtree_end: Ints) -> Ints:

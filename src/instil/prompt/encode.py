@@ -401,6 +401,10 @@ def _without_oldest_turn(draft: _Draft) -> _Draft | None:
 def _left_out(draft: _Draft) -> list[str]:
     """The texts of the conversation that its last rendering does not hold."""
     missing = []
+    if draft.conversation.tools and not any(
+        tool["function"]["name"] in draft.text.full for tool in draft.conversation.tools
+    ):
+        missing.append("tools")
     for number, message in enumerate(draft.conversation.messages[: draft.turn + 1]):
         texts = [("content", text) for text in message.fields.values() or (message.content,)]
         if number == draft.turn:

@@ -17,7 +17,13 @@ if TYPE_CHECKING:
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _BETWEEN = "│"
-_VISIBLE = str.maketrans({" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"})
+# White space by signs of its own, other control characters by Unicode's pictures of them, and what turns the direction
+# of writing by a full stop in a box: none of them may act on the terminal.
+_VISIBLE = (
+    {code: 0x2400 + code for code in range(32)}
+    | dict.fromkeys([*range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], "⊡")
+    | str.maketrans({" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"})
+)
 
 PROOFS = {
     "special": "a special token stands at the seam",

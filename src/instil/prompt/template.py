@@ -38,6 +38,7 @@ class ChatTemplate:
     Args:
         name: The built-in name, the file, or `tokenizer`.
         text: The Jinja source.
+        tool_text: Another source for conversations with tools, where the tokenizer has one.
         special_tokens: What the source may name (`bos_token`, `eos_token`, …).
         arguments: Template arguments (`enable_thinking`, …), as the server will pass them.
     """
@@ -46,6 +47,7 @@ class ChatTemplate:
     text: str
     special_tokens: Mapping[str, Any] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    tool_text: str | None = None
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = (), *, answer: bool = False
@@ -62,7 +64,7 @@ class ChatTemplate:
         """
         aliased = [_with_thinking(message) if "reasoning_content" in message else message for message in messages]
         try:
-            compiled, known = _compiled(self.text)
+            compiled, known = _compiled(self.tool_text if tools and self.tool_text else self.text)
             given = {
                 **known,
                 "messages": aliased,
@@ -79,12 +81,17 @@ class ChatTemplate:
 
     def spells(self, token: str) -> bool:
         """Whether the template's source holds this text."""
-        return token in self.text
+        return token in self.text or token in (self.tool_text or "")
 
     def fingerprint(self) -> str:
         """What decides its renderings, as a hash; the date as well, if the template asks for it."""
-        today = datetime.date.today().isoformat() if "strftime_now" in self.text else ""
-        parts = [self.text, json.dumps([self.special_tokens, self.arguments], sort_keys=True, default=str), today]
+        today = datetime.date.today().isoformat() if self.spells("strftime_now") else ""
+        parts = [
+            self.text,
+            self.tool_text or "",
+            json.dumps([self.special_tokens, self.arguments], sort_keys=True, default=str),
+            today,
+        ]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
@@ -160,8 +167,9 @@ def load_template(
     else:
         name, text = str(choice), _read_file(Path(choice), known)
     tokenizer.add_special_tokens(_declarations(text, name).get("special_tokens", {}))
-    template = ChatTemplate(name, text, tokenizer.special_tokens, dict(arguments or {}))
-    _check_syntax(template)
+    tool_text = tokenizer.tool_template if choice is None else None
+    template = ChatTemplate(name, text, tokenizer.special_tokens, dict(arguments or {}), tool_text)
+    _check(template)
     return template
 
 
@@ -211,14 +219,38 @@ def _declarations(text: str, name: str) -> dict[str, Any]:
     return declared
 
 
-def _check_syntax(template: ChatTemplate) -> None:
+def _check(template: ChatTemplate) -> None:
+    """Refuse a template that cannot work whatever the data, and arguments that it never reads."""
     import jinja2
 
     try:
-        template.render([{"role": "user", "content": "a"}], answer=True)
+        user = {"role": "user", "content": "a"}
+        whole = template.render([user, {"role": "assistant", "content": "a"}]) + template.render([user], answer=True)
     except TemplateError as error:
         cause = error.__cause__
         if isinstance(cause, jinja2.TemplateSyntaxError):
             raise TemplateError(
                 f"{template.name}:{cause.lineno}: not a Jinja template: {cause.message}", "Mend the template."
             ) from error
+        if isinstance(cause, jinja2.exceptions.SecurityError | jinja2.TemplateNotFound):
+            raise TemplateError(
+                f"{template.name}: does what a chat template may not: {cause}", "Mend the template."
+            ) from error
+        whole = None  # it may need more than this conversation holds
+    if whole is not None and not whole.strip():
+        raise TemplateError(f"{template.name}: renders nothing", "Mend the template.")
+    read = {name for text in (template.text, template.tool_text or "") for name in _read_names(text)}
+    for argument in template.arguments:
+        if argument not in read:
+            raise UsageError(
+                f"--template-args {argument}: the template {template.name!r} reads no such argument",
+                nearest(argument, read.difference(_SET_BY_RENDERING, template.special_tokens)) if read else "",
+            )
+
+
+def _read_names(text: str) -> set[str]:
+    """The names that a template takes from outside."""
+    import jinja2.meta
+
+    compiled, known = _compiled(text)
+    return set(jinja2.meta.find_undeclared_variables(compiled.environment.parse(text))) - known.keys()

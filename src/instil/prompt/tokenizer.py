@@ -31,6 +31,8 @@ _MEMO_TOKENS = 2_000_000
 _MEMO_CUTS = 2_000
 _NO_LIMIT = 1e9  # tokenizers that know no limit state an enormous one
 
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
 Places = NDArray[np.int64]
 
 
@@ -50,6 +52,7 @@ class Tokenizer:
         backend: The tokenizer of the `tokenizers` library.
         special_tokens: What a chat template may name (`bos_token`, `eos_token`, …).
         chat_template: The tokenizer's own template; None if it has none.
+        tool_template: Its template for conversations with tools, where that is another one.
         max_length: The most tokens that the model beside it takes, or else the tokenizer's own limit; None if neither
             states one.
         name: Where it came from, for messages.
@@ -62,10 +65,12 @@ class Tokenizer:
         chat_template: str | None = None,
         max_length: int | None = None,
         name: str = "tokenizer",
+        tool_template: str | None = None,
     ) -> None:
         self.backend = backend
         self.special_tokens = dict(special_tokens)
         self.chat_template = chat_template
+        self.tool_template = tool_template
         self.max_length = max_length
         self.name = name
         self.added: tuple[str, ...] = ()
@@ -103,35 +108,56 @@ class Tokenizer:
         return str(self.backend.to_str()) + json.dumps(self.special_tokens, sort_keys=True)
 
 
-def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Tokenizer:
-    """Load a tokenizer from a folder or from the hub, without torch.
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Load a tokenizer from a folder or from the hub, without torch, as transformers' `AutoTokenizer` would.
 
     Raises:
         TokenizerError: There is none, or it is of a kind that cannot be cut exactly.
     """
-    if trust_remote_code:
-        from transformers import AutoTokenizer as Loader
-    else:
-        from transformers import PreTrainedTokenizerFast as Loader
+    import transformers
 
     folder = Path(path)
+    _check_folder(folder, str(path))
+    try:
+        named = _read_config(folder / "tokenizer_config.json").get("tokenizer_class") or ""
+        loader: Any = getattr(transformers, str(named), None)
+        if not (isinstance(loader, type) and issubclass(loader, transformers.PreTrainedTokenizerFast)):
+            loader = transformers.PreTrainedTokenizerFast
+        loaded = loader.from_pretrained(str(path))
+        return _taken_over(loaded, _fast_backend(loaded, str(path)), str(path))
+    except TokenizerError:
+        raise
+    except Exception as error:
+        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        remedy = "Mend or replace its files." if folder.is_dir() else "Give a folder, or a hub name that you can reach."
+        raise TokenizerError(f"{path}: the tokenizer cannot be loaded: {cause}", remedy) from error
+
+
+def _check_folder(folder: Path, path: str) -> None:
+    """Refuse what can be no tokenizer before the hub is asked for it."""
+    if folder.is_file():
+        raise TokenizerError(f"{path}: a file, not a tokenizer's folder", "Give the folder that holds tokenizer.json.")
     if folder.is_dir() and not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
         found = ", ".join(sorted(child.name for child in folder.iterdir())[:8]) or "nothing"
         raise TokenizerError(
             f"{folder}: no tokenizer.json in this folder (it holds {found})",
             "Give the folder of a model or tokenizer in Hugging Face format.",
         )
-    if not folder.exists() and str(path).startswith((".", "/", "~")):
+    if not folder.is_dir() and (not _HUB_NAME.fullmatch(path) or ("/" in path and folder.parent.is_dir())):
         raise TokenizerError(f"{path}: no such folder", "Check the path.")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """A JSON object beside a tokenizer; empty where there is no such file."""
+    if not path.is_file():
+        return {}
     try:
-        loaded = Loader.from_pretrained(str(path), **({"trust_remote_code": True} if trust_remote_code else {}))
-    except Exception as error:
-        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise TokenizerError(
-            f"{path}: the tokenizer cannot be loaded: {cause}",
-            "Give a folder with a tokenizer.json, or the name of a repository on the hub that you can reach.",
-        ) from error
-    return _taken_over(loaded, _fast_backend(loaded, str(path)), str(path))
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"{path}: not JSON: {error}", "Mend or replace the file.") from error
+    if not isinstance(config, dict):
+        raise TokenizerError(f"{path}: must be a JSON object", "Mend or replace the file.")
+    return config
 
 
 def from_transformers(loaded: Any, name: str = "") -> Tokenizer:
@@ -151,22 +177,22 @@ def _fast_backend(loaded: Any, name: str) -> tokenizers.Tokenizer:
 
 
 def _taken_over(loaded: Any, backend: tokenizers.Tokenizer, name: str) -> Tokenizer:
-    template = loaded.chat_template
+    template, tool_template = loaded.chat_template, None
     if isinstance(template, dict):
-        template = template.get("default")
+        template, tool_template = template.get("default"), template.get("tool_use")
+    if not isinstance(template, str | None):
+        raise TokenizerError(f"{name}: its chat_template is no text: {template!r}", "Mend or replace its files.")
     limit = _model_limit(Path(name)) or loaded.model_max_length
-    known_limit = int(limit) if limit is not None and limit < _NO_LIMIT else None
-    return Tokenizer(backend, dict(loaded.special_tokens_map), template, known_limit, name)
+    known_limit = int(limit) if isinstance(limit, int | float) and limit < _NO_LIMIT else None
+    return Tokenizer(backend, dict(loaded.special_tokens_map), template, known_limit, name, tool_template)
 
 
 def _model_limit(folder: Path) -> int | None:
     """The most positions that the model in this folder takes, read from its `config.json`, if there is one."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    config = config.get("text_config", config)
-    limits = (config.get(key) for key in ("max_position_embeddings", "n_positions", "n_ctx", "seq_length"))
+    config = _read_config(folder / "config.json")
+    inner = config.get("text_config")
+    read: dict[str, Any] = inner if isinstance(inner, dict) else config
+    limits = (read.get(key) for key in ("max_position_embeddings", "n_positions", "n_ctx", "seq_length"))
     return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
 
 
