@@ -14,13 +14,17 @@ Kind = Literal["conversation", "preference", "labelled", "text", "prompt"]
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a row stands: its file and its line (in `.parquet` and `.arrow`: its row), counted from 1."""
+    """Where a row stands: its file and its line (in `.parquet` and `.arrow`: its row), counted from 1.
+
+    `column` counts characters from 1, and is 0 unless another row begins before this one on its line.
+    """
 
     path: str
     line: int
+    column: int = 0
 
     def __str__(self) -> str:
-        return f"{self.path}:{self.line}"
+        return f"{self.path}:{self.line}:{self.column}" if self.column else f"{self.path}:{self.line}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -288,6 +288,20 @@ def test_only_the_last_answer(encoded):
     ]
 
 
+def test_a_call_in_the_prompt_is_weighed_by_its_texts(encoded):
+    row = record(
+        user("Weather?"),
+        assistant("", tool_calls=(call(city="Rome", days=3),)),
+        Message("tool", "Sunny."),
+        assistant("It is sunny."),
+        tools=(WEATHER,),
+    )
+    one = encoded(row, train_on="last", prompt_weight=1)
+    (exchange,) = one.exchanges
+    ids = exchange.prompt_ids[exchange.prompt_weights == 1]
+    assert encoded.tokenizer(one).decode(ids) == "Weather?weatherRomeSunny."
+
+
 @pytest.mark.parametrize(
     ("weight", "stretch"), [(0.25, [(" Seven.</s>", 0.25)]), (0.0, None), (None, [(" Seven.</s>", 1.0)])]
 )

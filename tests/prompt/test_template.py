@@ -54,3 +54,37 @@ def test_what_cannot_be_loaded(tokenizer_of, tmp_path):
     (tmp_path / "bad.jinja").write_text("{#- special_tokens: {<|a|>} -#}")
     with pytest.raises(TemplateError, match="no JSON object or list"):
         load_template(tmp_path / "bad.jinja", tokenizer)
+
+
+def test_a_template_for_tools_is_taken_where_there_is_one(tokenizer_of):
+    tokenizer = tokenizer_of("cl100k")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer.tool_template = "{{ tools[0].name }}: {% for m in messages %}{{ m.content }}{% endfor %}"
+    template = load_template(None, tokenizer)
+    message = {"role": "user", "content": "Hi"}
+    assert [template.render([message]), template.render([message], [{"name": "f"}])] == ["Hi", "f: Hi"]
+    assert template.fingerprint() != load_template("plain", tokenizer).fingerprint()
+
+
+@pytest.mark.parametrize("text", ["{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}"])
+def test_the_sandbox_holds(tokenizer_of, tmp_path, text):
+    (tmp_path / "bad.jinja").write_text(text + "{% for m in messages %}{{ m.content }}{% endfor %}")
+    with pytest.raises(TemplateError, match="may not"):
+        load_template(tmp_path / "bad.jinja", tokenizer_of("cl100k"))
+
+
+def test_a_template_that_renders_nothing(tokenizer_of, tmp_path):
+    (tmp_path / "bad.jinja").write_text("{# nothing #}")
+    with pytest.raises(TemplateError, match="renders nothing"):
+        load_template(tmp_path / "bad.jinja", tokenizer_of("cl100k"))
+
+
+def test_arguments_that_a_template_does_not_read(tokenizer_of, tmp_path):
+    file = tmp_path / "think.jinja"
+    file.write_text("{% for m in messages %}{{ m.content }}{% endfor %}{{ enable_thinking }}")
+    tokenizer = tokenizer_of("cl100k")
+    load_template(file, tokenizer, {"enable_thinking": False})
+    with pytest.raises(UsageError, match=r"enable_thinkin: .*\n.*did you mean 'enable_thinking'"):
+        load_template(file, tokenizer, {"enable_thinkin": False})
+    with pytest.raises(UsageError, match="reads no such argument"):
+        load_template("chatml", tokenizer, {"order": "spm"})

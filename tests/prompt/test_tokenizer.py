@@ -1,6 +1,7 @@
 """Encoding piece by piece, held against the library's encoding of the whole text."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -422,3 +423,54 @@ def test_a_byte_level_prefix_space_is_no_continuation():
     encoder = encoder_of(Tokenizer(backend, {}))
     assert tokens(encoder.tokenizer, encoder.encode("ab")) == ["Ġ", "a", "b"]
     assert tokens(encoder.tokenizer, encoder.encode_continuation("ab")) == ["a", "b"]
+
+
+@pytest.mark.parametrize("named", ["PreTrainedTokenizerFast", "LlamaTokenizer", "LlamaTokenizerFast", "Unheard"])
+def test_the_tokenizer_is_loaded_as_serving_loads_it(tokenizer_of, tmp_path, named):
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer_of("llama2").backend, eos_token="</s>").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": named}))
+    text = "<s>x</s> y  and so on"
+    script = (
+        f"import transformers; tokenizer = transformers.AutoTokenizer.from_pretrained({str(tmp_path)!r}); "
+        f"print(tokenizer.encode({text!r}, add_special_tokens=False))"
+    )
+    if named != "Unheard":
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        wanted = json.loads(done.stdout.splitlines()[-1])
+        assert load_tokenizer(tmp_path).backend.encode(text, add_special_tokens=False).ids == wanted
+    else:
+        assert load_tokenizer(tmp_path).backend.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "part"),
+    [
+        ("config.json", "[1, 2]", "config.json: must be a JSON object"),
+        ("config.json", "{", "config.json: not JSON"),
+        ("tokenizer_config.json", "[]", "tokenizer_config.json: must be a JSON object"),
+        ("tokenizer_config.json", '{"chat_template": 5}', "chat_template is no text"),
+        ("tokenizer.json", "{}", "the tokenizer cannot be loaded"),
+    ],
+)
+def test_damaged_folders_are_one_clear_error(tokenizer_of, tmp_path, name, content, part):
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer_of("gpt2").backend).save_pretrained(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(TokenizerError, match=re.escape(part)):
+        load_tokenizer(tmp_path)
+
+
+def test_odd_but_harmless_configurations_load(tokenizer_of, tmp_path):
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer_of("gpt2").backend).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"text_config": null, "n_positions": 77}')
+    assert load_tokenizer(tmp_path).max_length == 77
+    (tmp_path / "config.json").write_text('{"text_config": {"max_position_embeddings": 88}, "n_positions": 77}')
+    assert load_tokenizer(tmp_path).max_length == 88
+
+
+def test_a_file_or_a_missing_folder_is_not_looked_for_on_the_hub(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TokenizerError, match="a file, not a tokenizer's folder"):
+        load_tokenizer(tmp_path / "file")
+    with pytest.raises(TokenizerError, match="no such folder"):
+        load_tokenizer(tmp_path / "nothing")

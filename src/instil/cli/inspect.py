@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,12 +17,13 @@ from pydantic import Field, field_validator, model_validator
 from instil.conversation import Record, Source
 from instil.data import Records, read
 from instil.data.options import DataOptions
-from instil.errors import DataError, RowProblem, UsageError
+from instil.errors import RowProblem, UsageError
 from instil.packing.options import PackOptions
 from instil.prompt.options import PromptOptions
 
-_DEFAULT_ROWS = {"text": "1:3", "html": "1:100"}
+_DEFAULT_ROWS = {"text": "1:3", "html": "1:100", "json": "1:"}
 _CHUNK = 64
+_PAGE_START = b"<!doctype html>"
 
 Numbered = tuple[int, Record | list[RowProblem]]
 
@@ -42,6 +43,13 @@ class InspectOptions(PackOptions, PromptOptions, DataOptions):
         default=False, description="Count over the whole data set instead of showing rows."
     )
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_not_empty(cls, value: Any) -> Any:
+        if value == "" or (isinstance(value, list) and "" in value):
+            raise ValueError("is empty (a shell variable that is not set?)")
+        return value
+
     @field_validator("rows")
     @classmethod
     def _is_a_range(cls, value: str | None) -> str | None:
@@ -55,22 +63,28 @@ class InspectOptions(PackOptions, PromptOptions, DataOptions):
 
     @model_validator(mode="after")
     def _fits_together(self) -> InspectOptions:
-        if (self.model is None) == (self.tokenizer is None):
-            raise UsageError("give the tokenizer with one of --model and --tokenizer", "For instance --tokenizer DIR.")
+        if self.model is None and self.tokenizer is None:
+            raise UsageError("--tokenizer: is missing, and so is --model", "Name the folder of one, or one on the hub.")
+        if self.model is not None and self.tokenizer is not None:
+            raise UsageError("--model and --tokenizer: both were given", "Give one: each names the tokenizer.")
         if self.row is not None and self.rows is not None:
             raise UsageError("--row and --rows exclude each other", "Use --rows A:B for several rows.")
         if self.summary and (self.row is not None or self.rows is not None or self.html is not None):
             raise UsageError("--summary counts all rows", "Leave --row, --rows and --html out.")
+        if self.html is not None and self.as_json:
+            raise UsageError("--html and --json exclude each other", "Leave one out.")
+        if self.rejects is not None and not self.summary and self.selected()[1] is not None:
+            raise UsageError("--rejects needs all rows", "Use --json or --summary, or show all rows with --rows 1:.")
+        if self.html is not None:
+            _check_page(self.html, self.rejects)
         return self
 
-    def selected(self) -> tuple[int, int | None] | None:
-        """The first and last row to show; None for all."""
+    def selected(self) -> tuple[int, int | None]:
+        """The first and the last row to show; None for the end of the data."""
         if self.row is not None:
             return self.row, self.row
-        chosen = self.rows or (None if self.as_json else _DEFAULT_ROWS["html" if self.html else "text"])
-        if chosen is None:
-            return None
-        first, _, last = chosen.partition(":")
+        way = "json" if self.as_json else "html" if self.html else "text"
+        first, _, last = (self.rows or _DEFAULT_ROWS[way]).partition(":")
         return int(first or 1), int(last) if last else None
 
 
@@ -131,11 +145,11 @@ def _show(records: Records, options: InspectOptions) -> None:
     encoder = RecordEncoder(renderer, chosen, chosen.max_length or min(limits), options.objective)
     for warning in renderer.warnings:
         sys.stderr.write(f"instil: warning: {warning}\n")
-    selected = options.selected()
-    if selected is None and options.on_bad_row == "error":
-        _check_all(records, encoder)
-        selected = 1, None
-    rows = _encoded(records, encoder, *(selected or (1, None)), strict=options.on_bad_row == "error")
+    first, last = options.selected()
+    if options.on_bad_row == "error":
+        _refuse_bad(records, encoder, first, last)
+    rejected: list[RowProblem] = []
+    rows = _noting(_encoded(records, encoder, first, last), rejected)
     texts, control = TokenText(renderer.tokenizer), frozenset(renderer.encoder.controls.values())
     if options.html is not None:
         _write(options.html, to_html(rows, texts, control))
@@ -149,10 +163,12 @@ def _show(records: Records, options: InspectOptions) -> None:
             console.print(to_text(row, texts, control), soft_wrap=True)
         if options.row is None and options.rows is None:
             console.print("The first rows; --rows A:B shows others, --summary counts all.", style="dim")
+    if options.rejects is not None:
+        records.reject(rejected)
 
 
-def _encoded(records: Records, encoder: Any, first: int, last: int | None, *, strict: bool) -> Iterator[Any]:
-    """The rows from `first` to `last` as they are encoded, rejected ones among them unless `strict`."""
+def _encoded(records: Records, encoder: Any, first: int, last: int | None) -> Iterator[Any]:
+    """The rows from `first` to `last` as they are encoded, rejected ones among them."""
     from instil.prompt import EncodedRecord
 
     found = 0
@@ -167,16 +183,16 @@ def _encoded(records: Records, encoder: Any, first: int, last: int | None, *, st
             chunk.append(row)
             if len(chunk) < _CHUNK and (last is None or number < last):
                 continue
-        yield from _checked(encoder.encode(chunk), strict)
+        yield from encoder.encode(chunk)
         chunk = []
         if not isinstance(row, Record):
             path, _, line = row[0].source.rpartition(":")
-            stub = Record(Source(path, int(line)), "", "conversation", ())
+            stub = Record(Source(path, int(line)), "unread", "conversation", ())
             yield EncodedRecord(stub, (), "rejected", str("; ".join(map(_without_source, row))), tuple(row))
-    yield from _checked(encoder.encode(chunk), strict)
+    yield from encoder.encode(chunk)
     if not found and (first, last) != (1, None):
-        rows = f"row {first}" if first == last else f"rows {first}:{'' if last is None else last}"
-        raise UsageError(f"there is no {rows}: the data has {records.report.rows:,} rows", "Rows are counted from 1.")
+        rows = f"is no row {first}" if first == last else f"are no rows {first}:{'' if last is None else last}"
+        raise UsageError(f"there {rows}: the data has {records.report.rows:,} rows", "Rows are counted from 1.")
 
 
 def _numbered(records: Records) -> Iterator[Numbered]:
@@ -197,48 +213,60 @@ def _numbered(records: Records) -> Iterator[Numbered]:
     yield from bad()
 
 
-def _checked(rows: list[Any], strict: bool) -> list[Any]:
-    problems = [problem for row in rows for problem in row.problems]
-    if strict and problems:
-        raise DataError("rows cannot be used", "Mend them, or show them with --on-bad-row skip.", problems)
-    return rows
-
-
-def _check_all(records: Records, encoder: Any) -> None:
-    """Read and encode everything once, so that nothing is printed before every bad row is known."""
+def _refuse_bad(records: Records, encoder: Any, first: int, last: int | None) -> None:
+    """Raise for bad rows, all of those to be shown, before anything is."""
     problems: list[RowProblem] = []
-    chunk: list[Record] = []
-    unread: DataError | None = None
-    try:
-        for record in records:
-            chunk.append(record)
-            if len(chunk) == _CHUNK:
-                problems += (problem for row in encoder.encode(chunk) for problem in row.problems)
-                chunk = []
-    except DataError as error:
-        unread = error
-    problems += (problem for row in encoder.encode(chunk) for problem in row.problems)
-    if unread is not None or problems:
-        every = [*(unread.problems if unread else ()), *problems]
-        raise DataError(
-            f"{len({each.source for each in every}):,} of {records.report.rows:,} rows cannot be used",
-            "Mend them, or show them with --on-bad-row skip.",
-            every,
-        )
+    if last is None:
+        for chunk, unread in records.shared(0, 1, _CHUNK):
+            problems += [*unread, *(problem for row in encoder.encode(chunk) for problem in row.problems)]
+    else:
+        problems += (problem for row in _encoded(records, encoder, first, last) for problem in row.problems)
+    if problems:
+        raise records.unusable(problems)
+
+
+def _noting(rows: Iterable[Any], problems: list[RowProblem]) -> Iterator[Any]:
+    """The rows, with what is wrong with them noted on the way."""
+    for row in rows:
+        problems += row.problems
+        yield row
 
 
 def _without_source(problem: RowProblem) -> str:
     return str(problem).removeprefix(f"{problem.source}: ")
 
 
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+def _check_page(path: Path, rejects: Path | None) -> None:
+    """Refuse a place where no page can be, or where something else would be lost: data, a template, a tokenizer."""
+    if path.is_dir() or (path.exists() and not path.is_file()):
+        raise UsageError(f"--html {path}: is no file", "Name a file, as in page.html.")
+    if not path.parent.is_dir():
+        raise UsageError(f"--html {path}: the folder {path.parent} does not exist", "Name a file in one that does.")
+    if rejects is not None and os.path.realpath(path) == os.path.realpath(rejects):
+        raise UsageError(f"--html {path}: --rejects names the same file", "Name another file.")
     try:
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
-            file.write(text)
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, path)
+        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+            start = file.read(len(_PAGE_START))
+            if start and start.lower() != _PAGE_START:
+                raise UsageError(f"--html {path}: the file is there and is no page", "Name a new file.")
+    except (OSError, ValueError) as error:
+        raise _unwritable(path, error) from error
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a page whole or not at all."""
+    target = Path(os.path.realpath(path))
+    draft = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        draft.write_text(text, encoding="utf-8", errors="backslashreplace")
+        os.replace(draft, target)
     except OSError as error:
-        raise UsageError(
-            f"--html {path}: cannot be written: {error.strerror}", "Name a file in a folder that exists."
-        ) from error
+        raise _unwritable(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+
+
+def _unwritable(path: Path, error: Exception) -> UsageError:
+    reason = getattr(error, "strerror", None) or error
+    return UsageError(f"--html {path}: cannot be written: {reason}", "Name a file in a folder that takes it.")

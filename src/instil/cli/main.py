@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import re
+import signal
 import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from types import FrameType
+from typing import Any, NoReturn
 
 from cyclopts import App, Parameter
-from cyclopts.config import Yaml
+from cyclopts.config import Dict
 from cyclopts.exceptions import CycloptsError
 from pydantic import ValidationError
 
 from instil import __version__
-from instil.errors import InstilError, UsageError
+from instil.errors import InstilError, UsageError, nearest
 
 app = App(
     name="instil",
@@ -31,22 +35,90 @@ app.command("instil.cli.inspect:inspect", name="inspect")
 app.command("instil.cli.templates:templates", name="templates")
 app.command("instil.cli.quickstart:quickstart", name="quickstart")
 
+_COMMANDS = ("inspect", "templates", "quickstart")
+_REMEDIES = {"data": "Name a file, a folder, a glob, - for standard input, or hf://owner/name."}
+
+
+class _Ended(KeyboardInterrupt):
+    """A signal that ends the process, raised so that everything under way is cleaned up as after Ctrl-C."""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command; exit with 2 on an error of the user, with 130 on Ctrl-C."""
+    """Run the command; exit with 2 on an error of the user, with 128 and its number on a signal."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found": it is not needed
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    _open_streams()
+    _heed_signals()
+    tokens: list[str] = []
+    settings: dict[str, Any] = {}
+    file = None
     try:
-        tokens = _with_standard_input(sys.argv[1:] if arguments is None else arguments)
-        app.config = [_configuration(tokens)] if "--config" in tokens else []
-        app(tokens, exit_on_error=False, print_error=False)
+        try:
+            from instil.cli import config
+
+            tokens = _with_standard_input(sys.argv[1:] if arguments is None else arguments)
+            file = config.take(tokens)
+            known = _check_flags(tokens)
+            if file is not None:
+                settings = config.load(file, known)
+            app.config = [Dict(settings, source=file, use_commands_as_keys=False)] if settings else []
+            app(tokens, exit_on_error=False, print_error=False)
+        finally:
+            sys.stdout.flush()
     except InstilError as error:
-        _fail(str(error), error.exit_code)
+        _fail(_placed(str(error), file, settings, tokens), error.exit_code)
     except CycloptsError as error:
-        _fail(_explained(error), UsageError.exit_code)
+        _fail(_placed(_explained(error), file, settings, tokens), UsageError.exit_code)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: nothing is left to say
-        sys.exit(141)
+        _leave(141)
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # rich's own answer to one
+            _leave(141)
+        raise
+    except OSError as error:
+        _fail(f"{error.filename or 'the output cannot be written'}: {error.strerror or error}", 2, lost=True)
+    except _Ended as error:
+        _fail("ended by a signal", error.args[0])
     except KeyboardInterrupt:
         _fail("interrupted", 130)
+
+
+def _open_streams() -> None:
+    """UTF-8 whatever the locale; and no closed stream, whose number the next file opened would get."""
+    closed = sys.stdout is None
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    sys.stdin = sys.stdin or os.fdopen(0)
+    sys.stderr = sys.stderr or os.fdopen(2, "w")
+    sys.stdout = sys.stdout or os.fdopen(1, "w")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    if closed:
+        _fail("the output cannot be written: standard output is closed", 2)
+
+
+def _heed_signals() -> None:
+    heeded = [
+        number
+        for name in ("SIGTERM", "SIGHUP")
+        if (number := getattr(signal, name, None)) and signal.getsignal(number) == signal.SIG_DFL
+    ]
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for each in heeded:
+            signal.signal(each, signal.SIG_IGN)  # a second one would break the cleaning up off
+        raise _Ended(128 + number)
+
+    def let_go() -> None:
+        for each in heeded:
+            signal.signal(each, signal.SIG_DFL)
+
+    for each in heeded:
+        signal.signal(each, end)
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=let_go)  # the cleaning up is for this process alone
 
 
 def _with_standard_input(arguments: Sequence[str]) -> list[str]:
@@ -64,24 +136,23 @@ def _with_standard_input(arguments: Sequence[str]) -> list[str]:
     return tokens
 
 
-def _configuration(tokens: list[str]) -> Yaml:
-    """Take `--config FILE` out of the arguments; flags override what the file says."""
-    at = tokens.index("--config")
-    if at + 1 == len(tokens):
-        raise UsageError("--config: names no file", "Give a YAML file of flags, as in `prompt_weight: 0.5`.")
-    path = Path(tokens[at + 1])
-    del tokens[at : at + 2]
-    if not path.is_file():
-        raise UsageError(f"--config {path}: no such file", "Check the path.")
-    import yaml
-
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {path}: not YAML: {' '.join(str(error).split())}", "Mend the file.") from error
-    if not isinstance(found, dict):
-        raise UsageError(f"--config {path}: holds no settings", "Write one on each line, as in `prompt_weight: 0.5`.")
-    return Yaml(path, must_exist=True, use_commands_as_keys=False)
+def _check_flags(tokens: Sequence[str]) -> list[str]:
+    """Refuse a mistyped flag before anything that it leaves missing; return the names of the command's flags."""
+    if not tokens or tokens[0] not in _COMMANDS:
+        return []
+    flags = app[tokens[0]].assemble_argument_collection()
+    shown = [name for flag in flags for name in flag.names if name.startswith("--") and name != "--empty-data"]
+    for token in tokens:
+        if token == "--":
+            break
+        name = token.partition("=")[0]
+        if not name.startswith("--") or name in ("--help", "--version"):
+            continue
+        try:
+            flags.match(name)
+        except ValueError:
+            raise UsageError(f"{name}: there is no such flag", nearest(name, [*shown, "--config"])) from None
+    return [name.removeprefix("--") for name in shown if not name.startswith("--no-")]
 
 
 def _explained(error: CycloptsError) -> str:
@@ -89,16 +160,64 @@ def _explained(error: CycloptsError) -> str:
     invalid: Any = error.__cause__
     if not isinstance(invalid, ValidationError):
         return str(error)
-    return "\n".join(
-        f"--{str(each['loc'][0]).replace('_', '-') if each['loc'] else ''} {_shown(each['input'])}: {each['msg']}"
-        for each in invalid.errors()
-    )
+    return "\n".join(_reason(each) for each in invalid.errors())
 
 
-def _shown(value: Any) -> str:
-    return value if isinstance(value, str) else repr(value)
+def _reason(each: Any) -> str:
+    """One of pydantic's errors in plain words."""
+    name = str(each["loc"][0]) if each["loc"] else ""
+    flag, kind, given = name.replace("_", "-").removeprefix("as-"), each["type"], each.get("ctx", {})
+    if kind == "missing":
+        return f"--{flag}: is missing" + (f"\n  {_REMEDIES[name]}" if name in _REMEDIES else "")
+    value = each["input"] if isinstance(each["input"], str) and each["input"] else repr(each["input"])
+    said = each["msg"]
+    if kind == "value_error":
+        said = str(given["error"])
+    elif kind == "literal_error":
+        choices = re.findall("'([^']*)'", given["expected"])
+        near = nearest(value, choices)
+        said = f"must be {', '.join(choices[:-1])} or {choices[-1]}" + (f"; {near}" if near[:3] == "did" else "")
+    elif kind.startswith("int_"):
+        said = "must be a whole number"
+    elif kind.startswith("float_"):
+        said = "must be a number"
+    elif kind == "finite_number":
+        said = "must be a finite number"
+    elif kind == "greater_than_equal":
+        said = f"must be {given['ge']:g} or more"
+    elif kind == "string_type":
+        said = "must be text"
+    return f"--{flag} {value}: {said}"
 
 
-def _fail(message: str, exit_code: int) -> None:
-    sys.stderr.write(f"instil: {message}\n")
+def _placed(message: str, file: str | None, settings: Mapping[str, Any], tokens: Sequence[str]) -> str:
+    """The message, with the name of the configuration file where the value stands there."""
+    given = {token.partition("=")[0].replace("_", "-") for token in tokens}
+    lines = message.split("\n")
+    for flag, value in settings.items():
+        if f"--{flag}" not in given:
+            starts = (f"--{flag}:", f"--{flag} ", f"{value}:")
+            lines = [f"{file}: {line}" if line.startswith(starts) else line for line in lines]
+    return "\n".join(lines)
+
+
+def _fail(message: str, exit_code: int, *, lost: bool = False) -> NoReturn:
+    try:
+        sys.stderr.write(f"instil: {message}\n")
+        sys.stderr.flush()
+    except OSError:
+        lost = True
+    if lost:
+        _leave(exit_code)
+    sys.exit(exit_code)
+
+
+def _leave(exit_code: int) -> NoReturn:
+    """Exit where a stream takes no more: what it still holds goes nowhere, for Python would try again, and fail."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+            continue
+        os.dup2(nowhere, stream.fileno())
     sys.exit(exit_code)

@@ -35,7 +35,7 @@ def templates(name: str | None = None, *, source: bool = False) -> None:
         console.print("Show one with: instil templates NAME (--source for its Jinja source)")
         return
     if name not in known:
-        raise UsageError(f"{name}: there is no built-in template of this name", nearest(name, known))
+        raise UsageError(f"{name}: there is no built-in template of this name", nearest(name.lower(), known))
     console.print(Text(known[name].text if source else _rendered(known[name])), soft_wrap=True)
 
 

@@ -19,13 +19,14 @@ import zstandard
 from instil.conversation import Source
 from instil.data.json_text import JsonText
 from instil.data.row import described
-from instil.data.strict_json import StrictDecoder, ends_early, explain
+from instil.data.strict_json import StrictDecoder, ends_early, explain, fault
 from instil.errors import DataError
 
 Note = Callable[[str], None]
 BOM = b"\xef\xbb\xbf"
 BATCH_ROWS = 1000
 MAX_CELL = 2**27
+MAX_LINE = 2**28
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +148,19 @@ class _ZstdReader(io.RawIOBase):
         super().close()
 
 
+class _Places:
+    """The places of a file's rows; the column tells apart those that begin on one line."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._line = 0
+
+    def source(self, line: int, column: int) -> Source:
+        """The place of the next row."""
+        before, self._line = self._line, line
+        return Source(self._path, line, column if line == before else 0)
+
+
 # JSON.
 
 
@@ -154,8 +168,15 @@ def _read_jsonl(file: LocalFile, note: Note) -> Iterator[RawRow | PendingRow]:
     decoder = StrictDecoder()
     offset = 0
     with file.open() as stream:
-        for number, line in enumerate(stream, 1):
+        for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE), b""), 1):
             start, offset = offset, offset + len(line)
+            if len(line) == MAX_LINE and not line.endswith(b"\n"):
+                sample = line[:2000].decode(errors="replace")
+                while line and not line.endswith(b"\n"):
+                    line = stream.readline(1 << 20)
+                    offset += len(line)
+                yield RawRow(Source(file.path, number), None, sample, f"is a line of {MAX_LINE:,} bytes or more")
+                continue
             if number == 1 and line.startswith(BOM):
                 note(f"{file.path} begins with a byte order mark")
                 line, start = line[3:], 3
@@ -206,19 +227,21 @@ def _read_json(file: LocalFile, note: Note) -> Iterator[RawRow | PendingRow]:
         if not by_line:
             if text.marked:
                 note(f"{file.path} begins with a byte order mark")
-            yield from _json_array(text, file.path) if first == "[" else _json_values(text, file.path)
+            places = _Places(file.path)
+            yield from _json_array(text, places) if first == "[" else _json_values(text, places)
     if by_line:
         yield from _read_jsonl(file, note)
 
 
-def _json_array(text: JsonText, path: str) -> Iterator[RawRow]:
+def _json_array(text: JsonText, places: _Places) -> Iterator[RawRow]:
     text.move(1)
     while True:
         if text.peek() == "]":
             break
-        row = _json_element(text, path, "the rest of the array")
+        row = _json_element(text, places, "the rest of the array")
         if row is None:
-            yield RawRow(Source(path, text.line), None, None, "the array is not closed: the file was cut short")
+            source = places.source(text.line, text.column)
+            yield RawRow(source, None, None, "the array is not closed: the file was cut short")
             return
         yield row
         if text.broken:
@@ -227,33 +250,33 @@ def _json_array(text: JsonText, path: str) -> Iterator[RawRow]:
         if after == ",":
             text.move(1)
             if text.peek() == "]":
-                yield _misplaced(text, path, "a row must follow a comma")
+                yield _misplaced(text, places, "a row must follow a comma")
         elif after and after != "]":
-            yield _misplaced(text, path, "expected a comma or ] after a row; the rest of the array cannot be read")
+            yield _misplaced(text, places, "expected a comma or ] after a row; the rest of the array cannot be read")
             return
     text.move(1)
     if text.peek():
-        yield _misplaced(text, path, "text follows the array and cannot be read")
+        yield _misplaced(text, places, "text follows the array and cannot be read")
 
 
-def _misplaced(text: JsonText, path: str, reason: str) -> RawRow:
-    line, column = text.place(text.position)
-    return RawRow(Source(path, line), None, text.sample(), f"malformed JSON at column {column}: {reason}")
+def _misplaced(text: JsonText, places: _Places, reason: str) -> RawRow:
+    source = places.source(text.line, text.column)
+    return RawRow(source, None, text.sample(), f"malformed JSON at column {text.column}: {reason}")
 
 
-def _json_values(text: JsonText, path: str) -> Iterator[RawRow]:
+def _json_values(text: JsonText, places: _Places) -> Iterator[RawRow]:
     while not text.broken:
-        row = _json_element(text, path, "the rest of the file")
+        row = _json_element(text, places, "the rest of the file")
         if row is None:
             return
         yield row
 
 
-def _json_element(text: JsonText, path: str, rest: str) -> RawRow | None:
+def _json_element(text: JsonText, places: _Places, rest: str) -> RawRow | None:
     """The row that begins here, None at the end of the file."""
     if not text.peek():
         return None
-    source = Source(path, text.line)
+    source = places.source(text.line, text.column)
     try:
         value, raw, damage = text.value()
     except (ValueError, RecursionError) as error:
@@ -404,13 +427,37 @@ def _read_yaml(file: LocalFile, note: Note) -> Iterator[RawRow]:
     with file.open() as stream:
         if stream.read(3) == BOM:
             note(f"{file.path} begins with a byte order mark")
+    places = _Places(file.path)
     with file.open() as stream:
-        for line, value, reason in read_values(stream):
-            source = Source(file.path, line)
+        for line, column, value, reason in read_values(stream):
+            source = places.source(line, column)
             yield RawRow(source, None, value, reason) if reason else _object_row(source, value)
 
 
-# The hub.
+# Not on disk.
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryRows:
+    """Rows in memory.
+
+    Args:
+        values: The rows, which can be iterated again and again.
+        path: What stands for a file in their places.
+    """
+
+    values: Iterable[Any]
+    path: str = "rows"
+
+    def rows(self, note: Note) -> Iterator[RawRow | PendingRow]:
+        """The rows; the line of a row is its number."""
+        for number, values in enumerate(self.values, 1):
+            source = Source(self.path, number)
+            reason = fault(values)
+            if reason:
+                yield RawRow(source, None, repr(values), reason)
+            else:
+                yield _object_row(source, dict(values) if isinstance(values, Mapping) else values)
 
 
 @dataclass(frozen=True, slots=True)

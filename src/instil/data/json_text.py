@@ -22,12 +22,13 @@ class JsonText:
     Args:
         stream: UTF-8 bytes; what is not UTF-8 is kept as it is and reported with the value that holds it.
 
-    `line` is the line, from 1, at which the window stands; `marked` tells that the stream began with a byte order
+    `line` and `column` are the place, from 1, at which the window stands; `marked` tells that the stream began with a byte order
     mark, `broken` that a value was not JSON and nothing behind it can be read.
     """
 
     def __init__(self, stream: BinaryIO) -> None:
         self.line = 1
+        self.column = 1
         self.position = 0
         self.marked = False
         self.broken = False
@@ -37,7 +38,6 @@ class JsonText:
         self._window = ""
         self._damaged = False
         self._bytes_before = 0
-        self._columns_before = 0
 
     @property
     def faults(self) -> list[str]:
@@ -84,10 +84,10 @@ class JsonText:
         return "\n" in self._window[self.position : end]
 
     def place(self, at: int) -> tuple[int, int]:
-        """Line and column, from 1, of a position in the window."""
+        """Line and column, from 1, of a position from here on."""
         line = self.line + self._window.count("\n", self.position, at)
-        newline = self._window.rfind("\n", 0, at)
-        return line, at - newline if newline >= 0 else at + 1 + self._columns_before
+        newline = self._window.rfind("\n", self.position, at)
+        return line, at - newline if newline >= 0 else self.column + at - self.position
 
     def sample(self) -> str:
         """Some of the text from here on."""
@@ -119,13 +119,11 @@ class JsonText:
         self._damaged = self._damaged or (not text.isascii() and _UNDECODED.search(text) is not None)
         used = self._window[: self.position]
         self._bytes_before += len(used.encode("utf-8", "surrogateescape"))
-        newline = used.rfind("\n")
-        self._columns_before = len(used) - newline - 1 if newline >= 0 else self._columns_before + len(used)
         self._window, self.position = self._window[self.position :] + text, 0
         return True
 
     def _to(self, position: int) -> None:
-        self.line += self._window.count("\n", self.position, position)
+        self.line, self.column = self.place(position)
         self.position = position
 
     def _find_damage(self, end: int) -> tuple[int, int] | None:

@@ -26,15 +26,17 @@ from instil.data.shapes import (
     build,
     check_format,
     known_columns,
+    may_be_labelled,
     missing_columns,
     recognize,
     unknown_shape,
 )
-from instil.data.sources import find
+from instil.data.sources import Data, find
 from instil.errors import DataError, RowProblem, UsageError, nearest
 
 OnBadRow = Literal["error", "skip"]
 PEEK_ROWS = 100
+KEPT_PROBLEMS = 1000
 
 
 @dataclass(slots=True)
@@ -48,7 +50,7 @@ class Report:
         shapes: Records of each shape.
         files: Records of each shape in each file.
         unused_columns: Columns that no shape used, and in how many records; `messages[].id` for a message's key.
-        problems: Everything wrong with the rejected rows.
+        problems: Everything wrong with the rejected rows; of those that `shared` skips, the first KEPT_PROBLEMS.
         notes: What is worth knowing and no error, and how often.
     """
 
@@ -98,7 +100,7 @@ class Report:
 
 
 def read(
-    data: str | Path | Sequence[str | Path],
+    data: Data,
     *,
     format: str | None = None,
     columns: Mapping[str, str] | None = None,
@@ -109,7 +111,8 @@ def read(
     """Reads rows of any known shape as Records.
 
     Args:
-        data: A file, a folder, a glob, `-` for standard input, `hf://owner/name:split`, or a list of these.
+        data: A file, a folder, a glob, `-` for standard input, `hf://owner/name:split`, or a list of these; or a list of rows, each
+            a mapping.
         format: The shape of every row; None recognizes each by its columns.
         columns: Columns to rename before anything else: the name a shape knows to the name in the data.
         objective: What the records are for (`supervised`, `preference`, `pretrain`): decides where a row has two
@@ -219,7 +222,7 @@ def _strange_file(file: DataFile, values: Mapping[str, Any], plan: _Plan, alone:
         for name, value in values.items()
         if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value)
     ]
-    if alone and len(inside) == 1 and plan.format is None:
+    if alone and len(inside) == 1 and plan.format is None and isinstance(file, LocalFile):
         remedy = f"its rows may stand in {inside[0]!r}: `jq -c '.{inside[0]}[]' {file.path}` takes them out"
         return RowProblem(file.path, "", f"no row has a known shape; the first: {unknown_shape(values)[0]}", remedy)
     if plan.format is None:
@@ -279,16 +282,25 @@ class Records:
         report = self.report = Report()
         records: list[Record] = []
         met = told = 0
+
+        def found() -> list[RowProblem]:
+            nonlocal told
+            problems = report.problems[told:]
+            if self.on_bad_row == "skip":
+                del report.problems[KEPT_PROBLEMS:]
+            told = len(report.problems)
+            return problems
+
         for met, (raw, survey) in enumerate(self._rows(report.note if number == 0 else lambda text: None), 1):
             if (met - 1) // size % of == number:
                 record = self._take(report, raw.read(), survey, None)
                 if record is not None and (self.on_bad_row == "skip" or not report.problems):
                     records.append(record)
                 if met % size == 0:
-                    yield records, report.problems[told:]
-                    records, told = [], len(report.problems)
+                    yield records, found()
+                    records = []
         if met % size and (met - 1) // size % of == number:
-            yield records, report.problems[told:]
+            yield records, found()
 
     def unusable(self, problems: Sequence[RowProblem]) -> DataError:
         """The error of bad rows, all of them."""
@@ -332,7 +344,8 @@ class Records:
         """Write the rejects file anew, with rows in it that a later stage could not use.
 
         Args:
-            problems: What is wrong with them; their sources say which they are.
+            problems: What is wrong with them; their sources say which they are. What is wrong with rows that cannot
+                be read need not be among them.
         """
         later: dict[str, list[RowProblem]] = {}
         for problem in problems:
@@ -388,8 +401,13 @@ class Records:
 
 
 def _shape_among(values: Mapping[str, Any], survey: _Survey, objective: Objective | None) -> str | None:
-    """The row's shape. In a file that has answers, a row without one is of the file's shape, and lacks its answer."""
+    """The row's shape. In a file that has answers, a row without one is of the file's shape, and lacks its answer.
+
+    So too with verdicts: where rows have them, a row whose label says nothing is no row to learn from.
+    """
     shape = recognize(values, objective)
+    if "labelled" in survey.answered and may_be_labelled(values, shape):
+        return "labelled"
     if shape not in (None, "prompt") or not survey.answered:
         return shape
     fitting = {

@@ -343,20 +343,27 @@ def _gap(row: Row, before: str) -> Message:
     return Message("user", prefix, fields={"prefix": prefix, "suffix": suffix})
 
 
-def _label(values: Mapping[str, Any]) -> bool | None:
-    """The row's verdict: true, false, or a cell of text that says so."""
+def may_be_labelled(values: Mapping[str, Any], shape: str | None) -> bool:
+    """Whether a row of the shape would be a labelled one if its label, perhaps null, were a verdict."""
+    return shape in ("prompt-completion", "messages", "sharegpt") and not missing_columns(values, "labelled")
+
+
+def _label(values: Mapping[str, Any], *, numbers: bool = False) -> bool | None:
+    """The row's verdict: true, false, or a cell of text that says so; of `numbers`, 1 and 0."""
     for column in ("label", "kto_tag"):
         value = values.get(column)
         if isinstance(value, bool):
             return value
         if isinstance(value, str) and value.strip().lower() in ("true", "false"):
             return value.strip().lower() == "true"
+        if numbers and isinstance(value, (int, float)) and value in (0, 1):
+            return value == 1
     return None
 
 
 def _read_labelled(row: Row, objective: Objective | None) -> Reading:
     row.used.add(row.first("label", "kto_tag"))
-    good = _label(row.values)
+    good = _label(row.values, numbers=True)
     if good is None:
         column = row.first("label", "kto_tag")
         row.bad(column, f"must be true or false, and is {described(row.values.get(column))}")

@@ -1,4 +1,4 @@
-"""What `--data` may name: files, folders, globs, standard input and the hub; each becomes a DataFile."""
+"""What data may be: files, folders, globs, standard input, the hub, rows in memory; each becomes a DataFile."""
 
 from __future__ import annotations
 
@@ -9,31 +9,45 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeAlias
 
-from instil.data.files import KINDS, DataFile, HubRows, LocalFile, kind_of
-from instil.errors import DataError, RowProblem
+from instil.data.files import KINDS, DataFile, HubRows, LocalFile, MemoryRows, kind_of
+from instil.errors import DataError, RowProblem, UsageError
 
 _HUB = re.compile(r"hf://(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<split>[\w.\[\]%:-]+))?")
 
 
-def find(data: str | Path | Sequence[str | Path]) -> list[DataFile]:
-    """Every file that `data` names, in the order given; the files of a folder or glob sorted.
+Data: TypeAlias = str | Path | Iterable[str | Path] | Iterable[Mapping[str, Any]]
+
+
+def find(data: Data) -> list[DataFile]:
+    """Every file that `data` names, in the order given; the files of a folder or glob sorted. Or rows in memory.
 
     Raises:
+        UsageError: Rows that cannot be taken.
         DataError: Names that lead to nothing, all of them together.
     """
-    names = [data] if isinstance(data, (str, Path)) else list(data)
+    if isinstance(data, (Mapping, Iterator)):
+        reason = "is one mapping" if isinstance(data, Mapping) else "can be iterated only once"
+        raise UsageError(f"the data {reason}, and rows are read again and again", "give a list of rows, or of paths")
+    names = [data] if isinstance(data, (str, Path)) else data
+    if any(isinstance(item, Mapping) for item in names):
+        # Only a list can be mixed; a dataset of `datasets` would be read through for nothing.
+        if isinstance(names, Sequence) and any(isinstance(item, (str, Path)) for item in names):
+            raise UsageError("the data holds rows and paths in one list", "give a list of rows, or of paths")
+        return [MemoryRows(names)]
+    names = [str(name) for name in names]
     if not names:
         raise DataError("no data is given", "name a file, a folder, a glob, `-` or hf://owner/name")
     problems: list[RowProblem] = []
-    found = [[] if str(name) == "-" else _find_one(str(name), problems) for name in names]
+    found = [[] if name == "-" else _find_one(name, problems) for name in names]
     if problems:
         raise DataError("the data cannot be read", problems=problems)
     # Standard input is taken only once nothing else stands in the way.
-    if "-" in map(str, names):
-        found[[str(name) for name in names].index("-")] = [_spool_stdin()]
+    if "-" in names:
+        found[names.index("-")] = [_spool_stdin()]
     return [file for files in found for file in files]
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
+# Aliases can make a small value unfold into more than any memory holds.
+MAX_VALUES = 1_000_000
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -69,6 +73,27 @@ def lone_surrogate(value: Any) -> str:
     except UnicodeEncodeError as error:
         return str(error.object)[error.start]
     return ""
+
+
+def fault(value: Any) -> str:
+    """What JSON could not hold in a value that came from elsewhere, or ""."""
+    waiting, count = [value], 0
+    while waiting:
+        item = waiting.pop()
+        count += 1
+        if count > MAX_VALUES:
+            return f"unfolds into more than {MAX_VALUES:,} values"
+        if isinstance(item, Mapping):
+            odd = next((key for key in item if not isinstance(key, str)), None)
+            if odd is not None:
+                return f"a column's name must be a string, and is {odd!r}; quote it"
+            waiting += item.values()
+        elif isinstance(item, list):
+            waiting += item
+        elif isinstance(item, float) and not math.isfinite(item):
+            return f"the number {item} is not finite"
+    half = lone_surrogate(value)
+    return f"\\u{ord(half):04x} is half of a surrogate pair and no character" if half else ""
 
 
 def explain(error: ValueError | RecursionError) -> str:

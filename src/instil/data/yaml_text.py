@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import yaml
@@ -11,11 +10,9 @@ from yaml.composer import Composer
 from yaml.constructor import SafeConstructor
 from yaml.resolver import Resolver
 
-from instil.data.strict_json import lone_surrogate
+from instil.data.strict_json import fault
 
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-# Aliases can make a small file unfold into more than any memory holds.
-MAX_VALUES = 1_000_000
 
 
 class _RowLoader(Composer, SafeConstructor, Resolver):
@@ -31,9 +28,9 @@ class _RowLoader(Composer, SafeConstructor, Resolver):
         Resolver.__init__(self)
 
 
-def read_values(stream: BinaryIO) -> Iterator[tuple[int, Any, str]]:
-    """Each element of the list: its line, its value, and why it cannot be a row, or ""."""
-    line = 1
+def read_values(stream: BinaryIO) -> Iterator[tuple[int, int, Any, str]]:
+    """Each element of the list: its line and column, its value, and why it cannot be a row, or ""."""
+    line = column = 1
     try:
         loader = _RowLoader(stream)
         while loader.check_event(yaml.StreamStartEvent, yaml.DocumentStartEvent):
@@ -43,18 +40,24 @@ def read_values(stream: BinaryIO) -> Iterator[tuple[int, Any, str]]:
         start = loader.get_event()
         line = start.start_mark.line + 1
         if not isinstance(start, yaml.SequenceStartEvent):
-            yield line, None, "the file must be a list of rows, each with its columns"
+            yield line, column, None, "the file must be a list of rows, each with its columns"
             return
         while not loader.check_event(yaml.SequenceEndEvent):
-            line = loader.peek_event().start_mark.line + 1
-            yield line, *_read_value(loader)
+            line, column = _begin(loader)
+            yield line, column, *_read_value(loader)
+            column += 1  # what breaks off behind the row does not stand at its place
         loader.get_event()
         loader.get_event()
         if not loader.check_event(yaml.StreamEndEvent):
-            yield loader.peek_event().start_mark.line + 1, None, "a second document follows; a file holds one list"
+            yield *_begin(loader), None, "a second document follows; a file holds one list"
     except (yaml.YAMLError, RecursionError) as error:
         reason = f"malformed YAML{_place(error)}: {_explained(error)}; the rest of the file cannot be read"
-        yield line, None, reason
+        yield line, column, None, reason
+
+
+def _begin(loader: _RowLoader) -> tuple[int, int]:
+    mark = loader.peek_event().start_mark
+    return mark.line + 1, mark.column + 1
 
 
 def _read_value(loader: _RowLoader) -> tuple[Any, str]:
@@ -66,7 +69,7 @@ def _read_value(loader: _RowLoader) -> tuple[Any, str]:
         value = loader.construct_document(node)
     except (yaml.YAMLError, ValueError) as error:
         return None, f"malformed YAML{_place(error)}: {_explained(error)}"
-    return value, _fault(value)
+    return value, fault(value)
 
 
 def _repeated_key(node: Any) -> str:
@@ -85,27 +88,6 @@ def _repeated_key(node: Any) -> str:
                 return str(next(key for key in keys if keys.count(key) > 1))[:60]
             waiting += [value for _, value in node.value]
     return ""
-
-
-def _fault(value: Any) -> str:
-    """What JSON could not hold in the value, or ""."""
-    waiting, count = [value], 0
-    while waiting:
-        item = waiting.pop()
-        count += 1
-        if count > MAX_VALUES:
-            return f"unfolds into more than {MAX_VALUES:,} values"
-        if isinstance(item, Mapping):
-            odd = next((key for key in item if not isinstance(key, str)), None)
-            if odd is not None:
-                return f"a column's name must be a string, and is {odd!r}; quote it"
-            waiting += item.values()
-        elif isinstance(item, list):
-            waiting += item
-        elif isinstance(item, float) and not math.isfinite(item):
-            return f"the number {item} is not finite"
-    half = lone_surrogate(value)
-    return f"\\u{ord(half):04x} is half of a surrogate pair and no character" if half else ""
 
 
 def _place(error: Exception) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, overload, runtime_checkable
+from typing import Any, Literal, Protocol, overload, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,11 +37,22 @@ HELD_BACK = 0.1
 FEWER_BATCHES = 0.005
 """The part of the batches that packing in decreasing order must save to be preferred to random order."""
 
-FIRST_WIDTH = 32
-"""The ids compared at first when rows are sorted; the ids after them are read only where these are equal."""
+MOST_UNSHARED = 16
+"""A piece holds at most this many times the budget in unshared tokens: a piece is met in one optimizer step, and a long
+prompt or many duplicates, which take next to no room, must not fill whole steps. Tool lists of 1,000 tokens with
+exchanges of 100 unshare to 9.5 times the batch of 8,192 that they fill."""
 
-SORT_IDS = 1 << 25
-"""The ids held at once while rows are sorted."""
+SORT_WIDTH = 32
+"""The ids that rows are sorted by at a time; the ids after them are read only where these are equal."""
+
+SORT_IDS = 1 << 24
+"""The ids held at once while rows are sorted: where these are fewer than `SORT_WIDTH` of each row, the width shrinks."""
+
+READ_WIDTH = 1024
+"""The most ids of a row read at once while a common prefix is followed: as many may be read in vain."""
+
+READ_IDS = 1 << 18
+"""The ids read at once: they stay in the processor's cache."""
 
 
 @runtime_checkable
@@ -62,6 +73,14 @@ class TreeStore(Protocol):
 
     def first_ids(self, index: int, start: int, stop: int) -> Ids:
         """The ids from `start` to `stop` of a tree's first path (`TokenTree.first_path`), fewer if it is shorter."""
+
+
+@runtime_checkable
+class _BulkStore(Protocol):
+    """What a `TreeStore` may offer besides, so that many rows are read in one call."""
+
+    def first_windows(self, indices: Ints, starts: Ints, width: int) -> NDArray[np.int32]:
+        """(M, width): the ids of `first_ids` from each start on, -1 beyond the end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,21 +234,21 @@ def plan(
     resolved, reason = _resolve(share_prefixes, items, pieces, tokens_per_batch)
     if resolved == "off":
         alike, pieces = None, _Pieces.one_by_one(items.sizes)
-    bins = _fill(pieces.sizes - pieces.common, tokens_per_batch - pieces.common, rng)
+    bins = _fill(pieces.sizes - pieces.common, tokens_per_batch - pieces.common, rng, pieces.apart)
     batches = int(bins.max(initial=-1)) + 1
     batch = rng.permutation(batches)[bins][pieces.number]  # (N,): the batch of each item
     across = alike.saved(batch) if alike else 0
     tokens = int(items.sizes.sum())
     shuffled = rng.permutation(len(batch))
     order = shuffled[np.argsort(batch[shuffled], kind="stable")]
-    within = items.unshared - tokens
+    unshared = int(items.unshared.sum())
     return Plan(
         items.records[order],
         np.cumsum(np.bincount(batch + 1, minlength=batches + 1)),
         {place: items.parts[item] for place, item in enumerate(order.tolist()) if item in items.parts}
         if items.parts
         else {},
-        Report(batches, tokens_per_batch, tokens - across, items.unshared, within, across, resolved, reason),
+        Report(batches, tokens_per_batch, tokens - across, unshared, unshared - tokens, across, resolved, reason),
     )
 
 
@@ -244,8 +263,8 @@ def deal(
 ) -> Ints:
     """The order in which an epoch's rows are best met, whether or not they will share their prefixes.
 
-    Rows whose common prefix is worth sharing come together, up to a batch of them, and such pieces and single rows
-    come in random order. Steps cut from this order by unshared tokens hold the same rows with sharing and without;
+    Rows whose common prefix is worth sharing come together, up to a batch of them and `MOST_UNSHARED` batches' tokens
+    unshared, and such pieces and single rows come in random order. Steps cut from this order by unshared tokens hold the same rows with sharing and without;
     each is then packed by itself with `pack(..., records=step)`. Arguments and errors are those of `pack`.
 
     Returns:
@@ -259,6 +278,12 @@ def deal(
     dealt = items.records[shuffled[np.argsort(place[shuffled], kind="stable")]]
     # A row too large for a batch is several items; it is met where the first of them is.
     return dealt[np.sort(np.unique(dealt, return_index=True)[1])]
+
+
+def refuse_long(trees: Sequence[TokenTree], tokens_per_batch: int, *, name: Name | None = None) -> None:
+    """Raise the error of `pack` if a row's longest exchange does not fit a batch."""
+    rows = np.arange(len(trees))
+    _refuse_long(rows, _measure(trees, rows)[1], tokens_per_batch, _naming(trees, name))
 
 
 def _naming(trees: Sequence[TokenTree], name: Name | None) -> Name:
@@ -283,9 +308,9 @@ class _Items:
 
     records: Ints  # (N,)
     sizes: Ints  # (N,)
+    unshared: Ints  # (N,)
     parts: dict[int, Ints]
-    unshared: int
-    first_ids: Callable[[int, int, int], Ids]
+    windows: Callable[[Ints, Ints, int], NDArray[np.int32]]  # as `_BulkStore.first_windows`
 
     @classmethod
     def of(cls, trees: Sequence[TokenTree], records: Ids | None, budget: int, name: Name) -> _Items:
@@ -293,23 +318,35 @@ class _Items:
         sizes, longest, unshared = _measure(trees, rows)
         _refuse_long(rows, longest, budget, name)
         whole = (sizes > 0) & (sizes <= budget)
-        numbers, counts = rows[whole].tolist(), sizes[whole].tolist()
+        numbers, counts, alone = (of_row[whole].tolist() for of_row in (rows, sizes, unshared))
         parts: dict[int, Ints] = {}
         heads: dict[int, Ints] = {}
         for record in rows[sizes > budget].tolist():
-            for part, size in _split(trees[record], budget):
+            for part, size, single in _split(trees[record], budget):
                 parts[len(numbers)] = part
                 heads[len(numbers)] = trees[record].select(part).first_path
                 numbers.append(record)
                 counts.append(size)
+                alone.append(single)
+        records = np.array(numbers, np.int64)
         store = trees if isinstance(trees, TreeStore) else None
+        bulk = trees if isinstance(trees, _BulkStore) else None
 
         def first_ids(item: int, start: int, stop: int) -> Ids:
             if item in heads:
                 return heads[item][start:stop]
             return store.first_ids(numbers[item], start, stop) if store else trees[numbers[item]].first_path[start:stop]
 
-        return cls(np.array(numbers, np.int64), np.array(counts, np.int64), parts, int(unshared.sum()), first_ids)
+        def windows(those: Ints, starts: Ints, width: int) -> NDArray[np.int32]:
+            if bulk and those.max(initial=-1) < len(numbers) - len(heads):
+                return bulk.first_windows(records[those], starts, width)
+            found = np.full((len(those), width), -1, np.int32)
+            for row, item, start in zip(found, those.tolist(), starts.tolist(), strict=True):
+                ids = first_ids(item, start, start + width)
+                row[: len(ids)] = ids
+            return found
+
+        return cls(records, np.array(counts, np.int64), np.array(alone, np.int64), parts, windows)
 
 
 def _measure(trees: Sequence[TokenTree], rows: Ints) -> tuple[Ints, Ints, Ints]:
@@ -336,24 +373,24 @@ def _refuse_long(rows: Ints, longest: Ints, budget: int, name: Name) -> None:
     )
 
 
-def _split(tree: TokenTree, budget: int) -> list[tuple[Ints, int]]:
-    """Cut a tree into parts within the budget: the exchanges of each, ascending, and its tokens.
+def _split(tree: TokenTree, budget: int) -> list[tuple[Ints, int, int]]:
+    """Cut a tree into parts within the budget: the exchanges of each, ascending, its tokens and its unshared tokens.
 
     Exchanges are taken in the order of the layout: what one shares with any before it, it shares with the last.
     """
     ends = tree.target_rows[tree.last_targets]  # (E,)
     held = np.zeros(tree.size, np.bool_)
-    parts: list[tuple[list[int], int]] = []
+    parts: list[tuple[list[int], int, int]] = []
     for exchange in np.argsort(ends, kind="stable").tolist():
         path = tree.path(int(ends[exchange]))
         added = int(np.count_nonzero(~held[path]))
         if parts and parts[-1][1] + added <= budget:
-            part, size = parts.pop()
-            parts.append(([*part, exchange], size + added))
+            part, size, unshared = parts.pop()
+            parts.append(([*part, exchange], size + added, unshared + len(path)))
         else:
-            parts.append(([exchange], len(path)))
+            parts.append(([exchange], len(path), len(path)))
         held[path] = True
-    return [(np.sort(np.array(part, np.int64)), size) for part, size in parts]
+    return [(np.sort(np.array(part, np.int64)), size, unshared) for part, size, unshared in parts]
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,7 +402,7 @@ class _Alike:
 
     @classmethod
     def of(cls, items: _Items) -> _Alike:
-        return cls(*_sort(items.first_ids, np.arange(len(items.sizes)), 0, FIRST_WIDTH))
+        return cls(*_sort(items))
 
     def saved(self, batch: Ints) -> int:
         """The tokens that items in one batch share, as laid out by `merge`.
@@ -390,30 +427,81 @@ class _Alike:
         return total
 
 
-def _sort(first_ids: Callable[[int, int, int], Ids], items: Ints, start: int, width: int) -> tuple[Ints, Ints]:
-    """Sort items that agree up to `start` by the ids from there on, `width` at a time.
+def _sort(items: _Items) -> tuple[Ints, Ints]:
+    """Sort items by the ids they begin with.
+
+    All runs of equals are sorted on by their next few ids at a time; what a run has in common is passed over first.
 
     Returns:
         The items in order, (N,), and the common prefix of each with the next, (N - 1,).
     """
-    width = min(width, max(FIRST_WIDTH, SORT_IDS // max(1, len(items))))
-    heads = [first_ids(item, start, start + width) for item in items.tolist()]
-    keys = np.zeros((len(items), width), ">u4")  # big-endian, so that bytes compare as ids do; 0 is the end
-    if heads:
-        keys[np.arange(width) < np.array([len(head) for head in heads])[:, None]] = np.concatenate(heads) + 1
-    order = np.argsort(keys.view(f"S{4 * width}")[:, 0], kind="stable")
-    items, keys = items[order], keys[order]
-    differs = keys[1:] != keys[:-1]
-    differs |= keys[1:] == 0
-    first = differs.argmax(axis=1)  # (N - 1,)
-    equal = ~differs[np.arange(len(first)), first]
-    shared = start + np.where(equal, width, first)
-    del heads, keys, differs
-    edges = np.flatnonzero(np.diff(np.concatenate(([False], equal, [False])).astype(np.int8)))
-    for begin, end in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
-        run = slice(begin, end + 1)
-        items[run], shared[begin:end] = _sort(first_ids, items[run], start + width, 2 * width)
-    return items, shared
+    order = np.arange(len(items.sizes))
+    shared = np.zeros(max(0, len(order) - 1), np.int64)
+    places = order  # (A,) ascending: those of the items that agree with a neighbour as far as has been read
+    run = depth = np.zeros(len(order), np.int64)  # (A,): the neighbours that agree, and up to where
+    while len(places):
+        width = max(1, min(SORT_WIDTH, SORT_IDS // len(places)))
+        keys = np.empty((len(places), 1 + width), ">u4")  # big-endian, so that bytes compare as ids do; 0 is the end
+        keys[:, 0] = run
+        for some in _blocks(len(places), width):
+            keys[some, 1:] = items.windows(order[places[some]], depth[some], width) + 1
+        ranks = np.argsort(keys.view(f"S{4 * (1 + width)}")[:, 0], kind="stable")
+        order[places] = order[places][ranks]
+        keys = keys[ranks]
+        same = run[1:] == run[:-1]
+        agreed = _agreed(keys[:-1, 1:], keys[1:, 1:], 0)
+        del keys
+        shared[places[:-1][same]] = (depth[:-1] + agreed)[same]
+        equal = same & (agreed == width)
+        tied = np.append(equal, False) | np.append(False, equal)
+        run = np.cumsum(np.append(True, ~equal))[tied]
+        places = places[tied]
+        depth = depth[tied] + width
+        _follow(items, order[places], run, depth)
+        within = places[:-1][run[1:] == run[:-1]]
+        shared[within] = depth[:-1][run[1:] == run[:-1]]
+    return order, shared
+
+
+def _follow(items: _Items, those: Ints, run: Ints, depth: Ints) -> None:
+    """Raise the depth of each run to where its items part.
+
+    Args:
+        items: All items.
+        those: (A,) the items of the runs.
+        run: (A,) ascending, the run of each.
+        depth: (A,) up to where its run is known to agree; raised in place.
+    """
+    width = 2 * SORT_WIDTH
+    going = np.arange(len(those))
+    while len(going):
+        here, starts = those[going], depth[going]
+        agreed = np.full(len(going), width)
+        for some in _blocks(len(going), width):
+            # Each block begins with the last item of the one before it.
+            some = slice(max(0, some.start - 1), some.stop)
+            ids = items.windows(here[some], starts[some], width)
+            agreed[some][:-1] = _agreed(ids[:-1], ids[1:], -1)
+        new = np.diff(run[going], prepend=-1, append=-1) != 0
+        agreed[new[1:]] = width  # the last of a run has no next
+        firsts = np.flatnonzero(new[:-1])
+        least = np.repeat(np.minimum.reduceat(agreed, firsts), np.diff(firsts, append=len(going)))
+        depth[going] += least
+        going = going[least == width]
+        width = min(2 * width, READ_WIDTH)
+
+
+def _blocks(count: int, width: int) -> list[slice]:
+    step = max(1, READ_IDS // width)
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+
+
+def _agreed(one: NDArray[Any], other: NDArray[Any], end: int) -> Ints:
+    """(M,): how many ids two rows begin with that are the same and not the end."""
+    differs = one != other
+    differs |= one == end
+    first = differs.argmax(axis=1)
+    return np.where(differs[np.arange(len(first)), first], first, one.shape[1])
 
 
 @dataclass(slots=True)
@@ -426,10 +514,12 @@ class _Interval:
     groups: list[tuple[int, Sequence[int]]] = field(default_factory=list)
     loose: list[int] = field(default_factory=list)
     loose_tokens: int = 0
+    loose_unshared: int = 0
 
     def absorb(self, child: _Interval) -> None:
         self.saved += child.saved
         self.loose_tokens += child.loose_tokens
+        self.loose_unshared += child.loose_unshared
         # The shorter list is the one that is copied, so that deep nesting stays cheap.
         if len(self.groups) < len(child.groups):
             self.groups, child.groups = child.groups, self.groups
@@ -439,7 +529,7 @@ class _Interval:
         self.loose += child.loose
 
 
-def _groups(sizes: Ints, shared: Ints, budget: int) -> list[tuple[int, Sequence[int]]]:
+def _groups(sizes: Ints, unshared: Ints, shared: Ints, budget: int, most: int) -> list[tuple[int, Sequence[int]]]:
     """The groups of sorted items that save most: for each its prefix and its places in the order.
 
     From the longest prefixes up, the items under one either form one group, or keep the groups found among them and
@@ -447,35 +537,41 @@ def _groups(sizes: Ints, shared: Ints, budget: int) -> list[tuple[int, Sequence[
 
     Args:
         sizes: (N,) tokens, in sorted order.
+        unshared: (N,) tokens of the exchanges one by one.
         shared: (N - 1,) the common prefix of each with the next.
         budget: The tokens of a batch.
+        most: The unshared tokens of a piece.
     """
-    before = np.cumsum(np.concatenate(([0], sizes))).tolist()
+    before, before_unshared = (np.cumsum(np.append(0, counts)).tolist() for counts in (sizes, unshared))
 
-    def saving(prefix: int, count: int, tokens: int) -> int:
+    def saving(prefix: int, count: int, tokens: int, single: int) -> int:
         room = max(1, min(budget - prefix, TRUNK_PART * prefix))
-        pieces = max(1, -(-(tokens - prefix * count) // room))
+        pieces = max(1, -(-(tokens - prefix * count) // room), -(-single // most))
         saved = prefix * (count - pieces)
         return saved if saved > WORTH_GROUPING * tokens else 0
 
     def close(interval: _Interval, stop: int) -> None:
-        together = saving(interval.prefix, stop - interval.first, before[stop] - before[interval.first])
-        rest = saving(interval.prefix, len(interval.loose), interval.loose_tokens)
+        first = interval.first
+        tokens, single = before[stop] - before[first], before_unshared[stop] - before_unshared[first]
+        together = saving(interval.prefix, stop - first, tokens, single)
+        rest = saving(interval.prefix, len(interval.loose), interval.loose_tokens, interval.loose_unshared)
         if together and together >= interval.saved + rest:
-            interval.saved, interval.groups = together, [(interval.prefix, range(interval.first, stop))]
+            interval.saved, interval.groups = together, [(interval.prefix, range(first, stop))]
         elif rest:
             interval.saved += rest
             interval.groups.append((interval.prefix, interval.loose))
         else:
             return
-        interval.loose, interval.loose_tokens = [], 0
+        interval.loose, interval.loose_tokens, interval.loose_unshared = [], 0, 0
 
     open_: list[_Interval] = [_Interval(0, 0)]
-    for place, (size, prefix) in enumerate(zip(sizes.tolist(), [*shared.tolist(), 0], strict=True)):
+    counts = zip(sizes.tolist(), unshared.tolist(), [*shared.tolist(), 0], strict=True)
+    for place, (size, single, prefix) in enumerate(counts):
         if prefix > open_[-1].prefix:
             open_.append(_Interval(prefix, place))
         open_[-1].loose.append(place)
         open_[-1].loose_tokens += size
+        open_[-1].loose_unshared += single
         while open_[-1].prefix > prefix:
             closed = open_.pop()
             close(closed, place + 1)
@@ -494,37 +590,49 @@ class _Pieces:
 
     number: Ints  # (N,): the piece of each item
     sizes: Ints  # (M,): tokens laid out
+    apart: Ints  # (M,): pieces of the same number keep to different batches, those of -1 go anywhere
     common: int
 
     @classmethod
     def one_by_one(cls, sizes: Ints) -> _Pieces:
-        return cls(np.arange(len(sizes)), sizes, 0)
+        return cls(np.arange(len(sizes)), sizes, np.full(len(sizes), -1), 0)
 
     @classmethod
     def of(cls, items: _Items, alike: _Alike, budget: int, rng: np.random.Generator) -> _Pieces:
         if len(items.sizes) < 2:
             return cls.one_by_one(items.sizes)
-        common = int(alike.shared.min())
+        common, most = int(alike.shared.min()), MOST_UNSHARED * budget
         sizes, budget = items.sizes - common, budget - common
         net = sizes.copy()
         number = np.full(len(sizes), -1)
         prefixes: list[int] = []
-        for prefix, places in _groups(sizes[alike.order], alike.shared - common, budget):
+        family: list[int] = []
+        found = _groups(sizes[alike.order], items.unshared[alike.order], alike.shared - common, budget, most)
+        for which, (prefix, places) in enumerate(found):
             group = alike.order[np.asarray(places)]
             net[group] -= prefix
-            room = min(budget - prefix, max(TRUNK_PART * prefix, int(net[group].max())))
-            bins = _fill(net[group], room, rng)
+            room = max(1, min(budget - prefix, max(TRUNK_PART * prefix, int(net[group].max()))))
+            # Both bounds as one: each item takes the larger of its parts of them, in parts of room * most.
+            taken = np.maximum(net[group] * most, np.minimum(items.unshared[group], most) * room)
+            bins = _fill(taken, room * most, rng)
             number[group] = len(prefixes) + bins
-            prefixes += [prefix] * (int(bins.max()) + 1)
+            pieces = int(bins.max()) + 1
+            prefixes += [prefix] * pieces
+            family += [which] * pieces
         alone = np.flatnonzero(number < 0)
         number[alone] = len(prefixes) + np.arange(len(alone))
-        laid_out = np.bincount(number, net, len(prefixes) + len(alone)).astype(np.int64)
+        count = len(prefixes) + len(alone)
+        laid_out, unshared = (np.bincount(number, each, count).astype(np.int64) for each in (net, items.unshared))
         laid_out[: len(prefixes)] += np.array(prefixes, np.int64)
-        return cls(number, laid_out + common, common)
+        apart = np.full(count, -1)
+        apart[: len(prefixes)] = np.where(unshared[: len(prefixes)] > most // 2, family, -1)
+        return cls(number, laid_out + common, apart, common)
 
 
-def _fill(sizes: Ints, capacity: int, rng: np.random.Generator) -> Ints:
+def _fill(sizes: Ints, capacity: int, rng: np.random.Generator, apart: Ints | None = None) -> Ints:
     """Pack sizes into as few bins as a good heuristic needs; the bin of each, (N,) int64.
+
+    Those with the same number in `apart`, unless it is -1, come into different bins.
 
     Best fit in decreasing order would put rows of one length together. In random order, the shortest last, it fills
     the bins as well for most data and mixes the lengths; decreasing order is taken where it needs clearly fewer bins.
@@ -535,12 +643,13 @@ def _fill(sizes: Ints, capacity: int, rng: np.random.Generator) -> Ints:
     held_back = np.zeros(len(sizes), np.bool_)
     held_back[decreasing[cut:]] = True
     mixed = np.concatenate((shuffled[~held_back[shuffled]], decreasing[cut:]))
-    random, ordered = _best_fit(sizes, mixed, capacity), _best_fit(sizes, decreasing, capacity)
+    apart = np.full(len(sizes), -1) if apart is None else apart
+    random, ordered = (_best_fit(sizes, order, capacity, apart) for order in (mixed, decreasing))
     most = (1 + FEWER_BATCHES) * (ordered.max(initial=-1) + 1)
     return random if random.max(initial=-1) + 1 <= most else ordered
 
 
-def _best_fit(sizes: Ints, order: NDArray[np.intp], capacity: int) -> Ints:
+def _best_fit(sizes: Ints, order: NDArray[np.intp], capacity: int, apart: Ints) -> Ints:
     """Put each size, in `order`, into the fullest bin that has room for it; the bin of each, (N,) int64.
 
     Best fit as analysed by Johnson et al. (1974). Bins of equal space stand in one stack, so that an item costs one
@@ -549,9 +658,12 @@ def _best_fit(sizes: Ints, order: NDArray[np.intp], capacity: int) -> Ints:
     bins = np.empty(len(sizes), np.int64)
     spaces: list[int] = []
     stacks: dict[int, list[int]] = {}
+    held: set[tuple[int, int]] = set()
     count = 0
-    for item, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
+    for item, size, family in zip(order.tolist(), sizes[order].tolist(), apart[order].tolist(), strict=True):
         at = bisect_left(spaces, size)
+        while held and at < len(spaces) and (stacks[spaces[at]][-1], family) in held:
+            at += 1
         if at == len(spaces):
             chosen, space = count, capacity
             count += 1
@@ -561,6 +673,8 @@ def _best_fit(sizes: Ints, order: NDArray[np.intp], capacity: int) -> Ints:
             if not stacks[space]:
                 del spaces[at], stacks[space]
         bins[item] = chosen
+        if family >= 0:
+            held.add((chosen, family))
         space -= size
         if space not in stacks:
             insort(spaces, space)

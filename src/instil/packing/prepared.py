@@ -29,7 +29,7 @@ from instil.packing.packs import Report, plan
 from instil.packing.store import Columns, StoredTrees, columns, write
 from instil.packing.summary import Summary, describe
 from instil.packing.tree import TokenTree
-from instil.prompt import EncodedRecord, PromptOptions, RecordEncoder, load_renderer
+from instil.prompt import EncodedRecord, PromptOptions, RecordEncoder, load_renderer, longest_exchange, prompt_options
 
 _MANIFEST = "manifest.json"
 _CHUNK = 128  # rows encoded at once
@@ -88,6 +88,7 @@ def prepare(
     workers: int | None = None,
     cache: str | Path | None = None,
     count_roles: bool = False,
+    **changes: Any,
 ) -> Prepared:
     """Encode a whole data set into token trees, or find them in the cache.
 
@@ -102,16 +103,17 @@ def prepare(
         workers: Processes that encode; None for one on each core. They change nothing but the time.
         cache: The folder of the cache; None keeps the result only as long as it is used.
         count_roles: Whether to count tokens by whose text they are.
+        changes: Fields of the options by name: `template="chatml"`, `prompt_weight=0.1`, …
 
     Raises:
         DataError: Bad rows, all of them, unless they are skipped.
-        TokenizerError, TemplateError: The tokenizer or the template cannot be used.
+        PackingError: Rows that fit no batch, all of them named.
+        UsageError, TokenizerError, TemplateError: An option, the tokenizer or the template cannot be used.
     """
-    options = options or PromptOptions()
-    renderer = load_renderer(tokenizer, options)
-    limits = [limit for limit in (renderer.tokenizer.max_length, tokens_per_batch) if limit is not None]
-    longest = options.max_length or min(limits, default=None)
-    encoder = RecordEncoder(renderer, options, longest, records.objective, count_roles=count_roles)
+    chosen = prompt_options(options, **changes)
+    renderer = load_renderer(tokenizer, chosen)
+    longest = longest_exchange(renderer, chosen, tokens_per_batch)
+    encoder = RecordEncoder(renderer, chosen, longest, records.objective, count_roles=count_roles)
     key = None if cache is None else _key(records, encoder)
     if cache is not None and key is not None and records.rejects is None and _is_whole(Path(cache) / key):
         prepared = _load(Path(cache) / key, cached=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, overload
 
@@ -120,6 +121,30 @@ class StoredTrees(Sequence[TokenTree]):
         if self._arrays["exchanges"][index] == 1:
             return self._arrays["input_ids"][begin + start : min(begin + stop, end)]
         return self[index].first_path[start:stop]
+
+    def first_windows(self, indices: Ints, starts: Ints, width: int) -> NDArray[np.int32]:
+        """(M, width): `first_ids` of many trees at once, from each start on; -1 beyond the end."""
+        ids = self._arrays["input_ids"]
+        begins = self._starts["sizes"][indices] + starts
+        left = np.clip(self._first_paths[indices] - starts, 0, width)
+        found = np.full((len(indices), width), -1, np.int32)
+        inside = begins + width <= len(ids)
+        if inside.any():
+            found[inside] = np.lib.stride_tricks.sliding_window_view(ids, width)[begins[inside]]
+        for row in np.flatnonzero(~inside):
+            found[row, : left[row]] = ids[begins[row] : begins[row] + left[row]]
+        short = left < width
+        found[short] = np.where(np.arange(width) < left[short, None], found[short], -1)
+        return found
+
+    @cached_property
+    def _first_paths(self) -> Ints:
+        """(N,) the length of each tree's first path."""
+        lengths = self.sizes.astype(np.int64)
+        for index in np.flatnonzero(self._arrays["exchanges"] > 1).tolist():
+            ends = self._arrays["subtree_end"][slice(*self._starts["sizes"][index : index + 2])]
+            lengths[index] = (ends == np.arange(1, len(ends) + 1)).argmax() + 1
+        return lengths
 
     def __len__(self) -> int:
         return len(self.sizes)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from instil.errors import UsageError
+
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
 
@@ -44,17 +46,32 @@ def save_sample_tokenizer(directory: str | Path) -> Path:
 
     Returns:
         The folder, with `tokenizer.json` and `tokenizer_config.json` in it.
+
+    Raises:
+        UsageError: The folder cannot be written, or holds another tokenizer.
     """
     folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    train_tokenizer(_sample_texts()).save(str(folder / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": END_OF_TEXT,
         "pad_token": PADDING,
         "clean_up_tokenization_spaces": False,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    files = {
+        "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
+        "tokenizer.json": train_tokenizer(_sample_texts()).to_str(pretty=True),
+    }
+    ours = folder / "tokenizer_config.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / "tokenizer.json").exists() and not (
+            ours.exists() and ours.read_bytes() == files[ours.name].encode()
+        ):
+            raise UsageError(f"{folder}: holds another tokenizer, which would be lost", "Name another folder.")
+        for name, text in files.items():
+            (folder / name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{folder}: cannot be written: {error.strerror}", "Name another folder.") from error
     return folder
 
 

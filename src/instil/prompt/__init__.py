@@ -7,7 +7,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from instil.conversation import Record
+from instil.errors import UsageError, nearest
 from instil.prompt.encode import EncodedRecord, RecordEncoder
 from instil.prompt.exchange import Exchange
 from instil.prompt.options import PromptOptions
@@ -28,6 +31,8 @@ __all__ = [
     "load_renderer",
     "load_template",
     "load_tokenizer",
+    "longest_exchange",
+    "prompt_options",
 ]
 
 _CHUNK = 64
@@ -47,26 +52,51 @@ def load_renderer(tokenizer: Any, options: PromptOptions) -> Renderer:
     return Renderer(load_template(options.template, tokenizer, options.template_args), tokenizer)
 
 
+def prompt_options(options: PromptOptions | None = None, **changes: Any) -> PromptOptions:
+    """Options given whole, by name, or both.
+
+    Raises:
+        UsageError: A name that is no option, with the nearest one that is, or a value that an option cannot have.
+    """
+    for name in changes:
+        if name not in PromptOptions.model_fields:
+            raise UsageError(f"{name}: there is no such option of prompts", nearest(name, PromptOptions.model_fields))
+    try:
+        return PromptOptions(**{**(options.model_dump() if options else {}), **changes})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UsageError(f"{first['loc'][0]} = {first['input']!r}: {first['msg']}") from error
+
+
+def longest_exchange(renderer: Renderer, options: PromptOptions, tokens_per_batch: int | None = None) -> int | None:
+    """The most tokens an exchange may have: as chosen, or the smaller of the model's limit and a batch."""
+    limits = [limit for limit in (renderer.tokenizer.max_length, tokens_per_batch) if limit is not None]
+    return options.max_length or min(limits, default=None)
+
+
 def exchanges(
-    records: Iterable[Record], tokenizer: Any, *, objective: str | None = None, **options: Any
+    records: Iterable[Record], tokenizer: Any, options: PromptOptions | None = None, **changes: Any
 ) -> Iterator[EncodedRecord]:
     """What each record teaches: its exchanges, token by token, in the order of the records.
 
     Args:
         records: As `instil.read` gives them.
         tokenizer: A folder or hub name, or a fast tokenizer of transformers.
-        objective: As given to `instil.read`.
-        options: The fields of `PromptOptions`: `template`, `train_on`, `prompt_weight`, `max_length`, …
+        options: The template, what is trained and what is too long.
+        changes: Fields of the options by name: `template="chatml"`, `prompt_weight=0.1`, …
 
     Returns:
         One result for each record; what is wrong with a row stands in its `problems`.
 
     Raises:
-        TokenizerError, TemplateError: The tokenizer or the template cannot be used.
+        UsageError, TokenizerError, TemplateError: An option, the tokenizer or the template cannot be used.
     """
-    chosen = PromptOptions(**options)
+    chosen = prompt_options(options, **changes)
     renderer = load_renderer(tokenizer, chosen)
-    encoder = RecordEncoder(renderer, chosen, chosen.max_length or renderer.tokenizer.max_length, objective)
-    stream = iter(records)
-    while chunk := list(islice(stream, _CHUNK)):
+    objective = getattr(records, "objective", None)
+    return _encoded(iter(records), RecordEncoder(renderer, chosen, longest_exchange(renderer, chosen), objective))
+
+
+def _encoded(records: Iterator[Record], encoder: RecordEncoder) -> Iterator[EncodedRecord]:
+    while chunk := list(islice(records, _CHUNK)):
         yield from encoder.encode(chunk)

@@ -61,14 +61,14 @@ class TokenText:
         self._bytes = _byte_alphabet() if "ByteLevel" in str(tokenizer.backend.decoder) else {}
 
     def __call__(self, token_id: int) -> str:
-        """The text, a character that ends in another token shown as `�`."""
+        """The text; bytes that are no whole character as `<0xE2>`."""
         if token_id in self._special:
             return self._special[token_id]
         piece = self._backend.id_to_token(token_id) or f"<id {token_id}>"
         if self._bytes:
-            return bytes(self._bytes.get(char, 63) for char in piece).decode(errors="replace")
+            return _decoded(bytes(self._bytes.get(char, 63) for char in piece))
         found = _BYTE.fullmatch(piece)
-        return bytes([int(found[1], 16)]).decode(errors="replace") if found else piece.replace("▁", " ")
+        return _decoded(bytes([int(found[1], 16)])) if found else piece.replace("▁", " ")
 
     def show(self, ids: Iterable[Any], weights: Iterable[Any], *, control: frozenset[int]) -> list[Shown]:
         """The tokens as they are shown."""
@@ -111,7 +111,11 @@ def to_text(row: EncodedRecord, texts: TokenText, control: frozenset[int]) -> Te
 
     out = Text()
     out.append(f"{row.record.source}", "bold")
-    out.append(f"  {row.record.shape}, {row.status}" + (f": {row.reason}" if row.reason else "") + "\n")
+    out.append(
+        f"  {', '.join(filter(None, (row.record.shape, row.status)))}"
+        + (f": {row.reason}" if row.reason else "")
+        + "\n"
+    )
     for number, exchange in enumerate(row.exchanges, 1):
         out.append(_heading(exchange, number, len(row.exchanges)) + "\n", "dim")
         trained = 0.0
@@ -189,6 +193,13 @@ def _span(shown: Shown, part: str) -> str:
     kinds += ["t" if shown.weight == 1 else "w"] if shown.weight else []
     text = html.escape(shown.text) + ("\n" if shown.ends_line else "")
     return f'<span class="{" ".join(kinds)}" title="id {shown.id}, weight {shown.weight:g}">{text}</span>'
+
+
+def _decoded(content: bytes) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return "".join(f"<0x{byte:02X}>" for byte in content)
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -413,6 +413,21 @@ def _unused(text: str, count: int) -> list[str]:
     return free
 
 
+def _with_marked_texts(call: Mapping[str, Any], mark: Callable[[str], str]) -> Wire:
+    """The call with marks around its function's name and the texts among its arguments; the keys stay."""
+
+    def inside(node: Any) -> Any:
+        if isinstance(node, str):
+            return mark(node)
+        if isinstance(node, Mapping):
+            return {key: inside(value) for key, value in node.items()}
+        return [inside(item) for item in node] if isinstance(node, list | tuple) else node
+
+    function = call["function"]
+    changed = {"name": mark(function["name"]), "arguments": inside(function["arguments"])}
+    return {**call, "function": {**function, **changed}}
+
+
 def _marked(message: Wire, number: int, marks: Sequence[str]) -> Wire:
     """The message with a mark on either side of its texts, inside the white space that a template may trim. A mark's
     number is twice that of the message, plus one for its reasoning.
@@ -430,6 +445,8 @@ def _marked(message: Wire, number: int, marks: Sequence[str]) -> Wire:
     for key, value in message.items():
         if key == "reasoning_content":
             marked[key] = mark(value, 2 * number + 1)
+        elif key == "tool_calls":
+            marked[key] = [_with_marked_texts(call, lambda text: mark(text, 2 * number)) for call in value]
         elif isinstance(value, str) and key not in ("role", "name", "tool_call_id"):
             marked[key] = mark(value, 2 * number)
     thought = _THINK.match(message["content"]) if message["role"] == "assistant" else None

@@ -177,12 +177,13 @@ def _fast_backend(loaded: Any, name: str) -> tokenizers.Tokenizer:
 
 
 def _taken_over(loaded: Any, backend: tokenizers.Tokenizer, name: str) -> Tokenizer:
-    template, tool_template = loaded.chat_template, None
+    template: Any = loaded.chat_template
+    tool_template = None
     if isinstance(template, dict):
         template, tool_template = template.get("default"), template.get("tool_use")
     if not isinstance(template, str | None):
         raise TokenizerError(f"{name}: its chat_template is no text: {template!r}", "Mend or replace its files.")
-    limit = _model_limit(Path(name)) or loaded.model_max_length
+    limit: Any = _model_limit(Path(name)) or loaded.model_max_length
     known_limit = int(limit) if isinstance(limit, int | float) and limit < _NO_LIMIT else None
     return Tokenizer(backend, dict(loaded.special_tokens_map), template, known_limit, name, tool_template)
 
