@@ -2,7 +2,7 @@
 
     records = instil.read("instructions.jsonl")              # rows of any common shape, as a stream
     rows = instil.exchanges(records, "my-model")             # each answer with the prompt it is served under
-    prepared = instil.prepare(records, "my-model")           # the same as token trees, on all cores, cached if asked
+    prepared = instil.prepare(records, "my-model")           # the same as token trees, on all cores
     batches = instil.pack(prepared.trees, 8192)              # packed batches
 
 Each name is loaded when it is first used, so `import instil` costs next to nothing.

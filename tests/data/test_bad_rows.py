@@ -1,12 +1,13 @@
 """Bad and adversarial rows: what each file yields, and exactly what is said of it."""
 
+import gzip
 import json
 
 import pytest
 
 from instil.conversation import Message
-from instil.data import read
-from instil.errors import DataError
+from instil.data import files, read
+from instil.errors import DataError, RowProblem
 
 GOOD = b'{"instruction": "Add.", "output": "3"}\n'
 U = {"role": "user", "content": "Why?"}
@@ -21,7 +22,7 @@ def chat(*messages, **columns):
     return row(messages=list(messages), **columns)
 
 
-# name: (suffix, the file, the answers of its good rows, [(line, field, part of the reason or remedy), ...])
+# name: (suffix, the file, the answers of its good rows, [(place, field, part of the reason or remedy), ...])
 CORPUS = {
     # The file
     "malformed": (".jsonl", GOOD + b'{"instruction": "x" "output": "y"}\n' + GOOD, 2, [(2, "", "at column 21")]),
@@ -79,7 +80,7 @@ CORPUS = {
     "array, comma at the end": (".json", b'[{"text": "x"},\n]', ["x"], [(2, "", "a row must follow a comma")]),
     "array, no comma": (".json", b'[{"text": "x"}\n {"text": "y"}]', ["x"], [(2, "", "column 2: expected a comma")]),
     "array, text behind": (".json", b'[{"text": "x"}]\n{}', ["x"], [(2, "", "text follows the array")]),
-    "array, number": (".json", b'[{"text": "x"}, 12, {"text": "y"}]', ["x", "y"], [(1, "", "the number 12")]),
+    "array, number": (".json", b'[{"text": "x"}, 12, {"text": "y"}]', ["x", "y"], [("1:17", "", "the number 12")]),
     "array, mark": (".json", b'\xef\xbb\xbf[{"text": "x"}]', ["x"], []),
     "lines in .json": (".json", b'{"text": "x"}\n{"text": }\n{"text": "y"}', ["x", "y"], [(2, "", "expecting value")]),
     "objects over lines": (".json", b'{\n"text": "x"\n}\n{\n"text": 7}', ["x"], [(4, "text", "must be a string")]),
@@ -101,6 +102,12 @@ CORPUS = {
         b"- text: x\n- {text: y\n- z",
         ["x"],
         [(2, "", "at line 4, column 1: ")],
+    ),
+    "yaml, broken behind a row": (
+        ".yaml",
+        b"[{text: x}, {text: y} {text: z}]",
+        ["x", "y"],
+        [("1:14", "", "malformed")],
     ),
     "yaml, no list": (".yaml", b"rows:\n- text: x\n", 0, [(1, "", "must be a list of rows")]),
     "yaml, python": (".yaml", b"- text: x\n- !!python/name:os.system {}\n", ["x"], [(2, "", "could not determine")]),
@@ -266,6 +273,18 @@ CORPUS = {
         ["b"],
         [(2, "label", "the string 'good'"), (2, "completion", "is missing")],
     ),
+    "verdict null": (
+        ".jsonl",
+        row(prompt="a", completion="b", label=True) + row(prompt="a", completion="c", label=None) + chat(U, A, label=2),
+        ["b"],
+        [(2, "label", "must be true or false, and is null"), (3, "label", "the number 2")],
+    ),
+    "verdict in words": (
+        ".csv",
+        b"prompt,completion,label\na,b,True\na,c,\na,d,good\n",
+        ["b"],
+        [(3, "label", "the string ''"), (4, "label", "the string 'good'")],
+    ),
 }
 
 
@@ -325,6 +344,52 @@ def test_rejects_take_each_bad_row_whole(tmp_path):
     assert report.rejected == 4
     assert report.records == 1
     assert list(tmp_path.iterdir()) == [file, rejects] or sorted(tmp_path.iterdir()) == [rejects, file]
+
+
+MINIFIED = {
+    ".json": b'[{"text": "a"}, {"text": "b"}, {"text": "c"}] x',
+    ".yaml": b"[{text: a}, {text: b}, {text: c}, {text: }]",
+}
+
+
+@pytest.mark.parametrize("suffix", MINIFIED)
+def test_a_row_that_a_later_stage_rejects_takes_no_other_of_its_line_along(tmp_path, suffix):
+    file, rejects = tmp_path / f"rows{suffix}", tmp_path / "rejects.jsonl"
+    file.write_bytes(MINIFIED[suffix])
+    records = read(file, on_bad_row="skip", rejects=rejects)
+    later = RowProblem(str(list(records)[1].source), "", "is too long")
+    records.reject([*records.report.problems, later])
+    written = [json.loads(line) for line in rejects.read_text(encoding="utf-8").splitlines()]
+    assert [entry["row"] for entry in written][0] == {"text": "b"}
+    assert len({entry["source"] for entry in written}) == len(written) == 2
+    assert [entry["problems"][0]["reason"] for entry in written][0] == "is too long"
+
+
+def test_few_problems_of_skipped_rows_are_kept(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(GOOD + b"{\n" * 2500 + GOOD)
+    records = read(file, on_bad_row="skip")
+    told = [(len(rows), len(problems)) for rows, problems in records.shared(0, 1, 600)]
+    assert told == [(1, 599), (0, 600), (0, 600), (0, 600), (1, 101)]
+    assert (records.report.rows, records.report.rejected, len(records.report.problems)) == (2502, 2500, 1000)
+    strict = read(file)
+    assert sum(len(problems) for _, problems in strict.shared(0, 1, 600)) == len(strict.report.problems) == 2500
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_a_line_too_long_to_hold_is_one_bad_row(tmp_path, monkeypatch, pack):
+    monkeypatch.setattr(files, "MAX_LINE", 50)
+    file, rejects = tmp_path / "rows.jsonl", tmp_path / "rejects.jsonl"
+    long = row(text="x" * 3_000_000)
+    file.write_bytes(pack(GOOD + long + b'{"text": "\xff"}\n' + GOOD + long.strip()))
+    records = read(file, on_bad_row="skip", rejects=rejects)
+    assert [record.source.line for record in records] == [1, 4]
+    assert [(problem.source, problem.reason) for problem in records.report.problems] == [
+        (f"{file}:2", "is a line of 50 bytes or more"),
+        (f"{file}:3", f"byte 0xff at offset {len(GOOD + long) + 10} of the file is not UTF-8"),
+        (f"{file}:5", "is a line of 50 bytes or more"),
+    ]
+    assert json.loads(rejects.read_text(encoding="utf-8").splitlines()[0])["row"] == long[:50].decode()
 
 
 def test_rejects_stay_away_when_reading_stops_early(tmp_path):

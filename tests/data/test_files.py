@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import tracemalloc
+from types import MappingProxyType
 
 import pyarrow
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import ipc, parquet
 
+from instil.conversation import Source
 from instil.data import read
 from instil.errors import DataError, UsageError
 
@@ -81,6 +83,16 @@ PACKERS = {
 def plain(records):
     """Records without their places."""
     return [(each.shape, each.kind, each.conversations, each.labels, dict(each.extra)) for each in records]
+
+
+class Again:
+    """Rows that can be iterated again and again, and are no sequence."""
+
+    def __init__(self, rows):
+        self._rows = rows
+
+    def __iter__(self):
+        return iter(self._rows)
 
 
 @pytest.fixture
@@ -161,7 +173,21 @@ def test_a_cell_that_is_not_utf8_spoils_its_row_alone(tmp_path):
 def test_lines_of_elements(tmp_path):
     file = tmp_path / "rows.json"
     file.write_text('\n\n[\n  {"text": "a"},{"text": "b"},\n\n  {\n"text":\n"c"},\n{"text": "d"}\n]\n')
-    assert [record.source.line for record in read(file)] == [4, 4, 6, 9]
+    assert [str(record.source).removeprefix(f"{file}:") for record in read(file)] == ["4", "4:17", "6", "9"]
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.yaml"])
+def test_places_of_rows_on_one_line(tmp_path, name):
+    file = tmp_path / name
+    text = json.dumps([{"text": f"é{number}"} for number in range(40_000 if name == "rows.json" else 200)])
+    file.write_text(text.replace("\\u00e9", "é"), encoding="utf-8")
+    first, *others = read(file)
+    assert first.source == Source(str(file), 1)
+    said = [f'{{"text": "{other.conversations[0].messages[0].content}"}}' for other in others]
+    begins = [other.source.column - 1 for other in others]
+    found = file.read_text(encoding="utf-8")
+    assert [found[begin : begin + len(row)] for begin, row in zip(begins, said, strict=True)] == said
+    assert str(others[0].source) == f"{file}:1:17"
 
 
 def test_lines_of_elements_in_a_long_file(tmp_path):
@@ -259,6 +285,41 @@ def test_files_without_rows(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match="holds no rows"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize("rows", [list, tuple, iter, Again])
+def test_rows_in_memory(wanted, rows):
+    records = read(rows(ROWS))
+    assert plain(records) == wanted
+    assert [str(record.source) for record in records] == ["rows:1", "rows:2", "rows:3"]
+    assert records.paths == ["rows"]
+    assert records.bytes_on_disk is None
+    assert records.fingerprint() is None
+
+
+def test_bad_rows_in_memory(tmp_path):
+    rejects = tmp_path / "rejects.jsonl"
+    rows = [{"text": "x"}, {"text": float("nan")}, 7, {"text": "\ud83d"}, {1: 2}, MappingProxyType({"text": 3})]
+    records = read(rows, on_bad_row="skip", rejects=rejects)
+    assert len(list(records)) == 1
+    said = ["nan is not finite", "the number 7", "half of a surrogate", "must be a string", "must be a string"]
+    problems = records.report.problems
+    assert [part in str(problem) for part, problem in zip(said, problems, strict=True)] == [True] * 5
+    assert [problem.source for problem in problems] == [f"rows:{number}" for number in (2, 3, 4, 5, 6)]
+    assert json.loads(rejects.read_text(encoding="utf-8").splitlines()[4])["row"] == {"text": 3}
+
+
+@pytest.mark.parametrize(
+    ("data", "said"), [([ROWS[0], "a.jsonl"], "rows and paths in one list"), (ROWS[0], "is one mapping")]
+)
+def test_rows_in_memory_stand_in_a_list_of_their_own(data, said):
+    with pytest.raises(UsageError, match=said):
+        read(data)
+
+
+def test_no_rows_in_memory():
+    with pytest.raises(DataError, match="no data is given"):
+        read([])
 
 
 def test_rejects_may_not_be_the_data(tmp_path):

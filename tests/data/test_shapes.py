@@ -331,6 +331,16 @@ def test_labelled(tmp_path, name):
     same(only(tmp_path, bad, objective="supervised"), "labelled", "labelled", [ASK, SAY], labels=("bad",))
 
 
+def test_numbers_are_verdicts_where_rows_are_known_to_have_them(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "Why?", "completion": "Because.", "label": label} for label in (True, 1, 0, 1.0)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [record.labels for record in read(file)] == [("good",), ("good",), ("bad",), ("good",)]
+    numbered = {"messages": [WHY, {"role": "assistant", "content": "Because."}], "label": 0}
+    same(only(tmp_path, numbered, format="labelled"), "labelled", "labelled", [ASK, SAY], labels=("bad",))
+    same(only(tmp_path, numbered), "messages", "conversation", [ASK, SAY], extra={"label": 0})
+
+
 def test_a_label_in_words_makes_no_labelled_row(tmp_path):
     row = {"prompt": "Why?", "label": "safe"}
     same(only(tmp_path, row), "prompt", "prompt", [ASK], extra={"label": "safe"})

@@ -22,8 +22,8 @@ class JsonText:
     Args:
         stream: UTF-8 bytes; what is not UTF-8 is kept as it is and reported with the value that holds it.
 
-    `line` and `column` are the place, from 1, at which the window stands; `marked` tells that the stream began with a byte order
-    mark, `broken` that a value was not JSON and nothing behind it can be read.
+    `line` and `column` are the place, from 1, at which the window stands; `marked` tells that the stream began with a
+    byte order mark, `broken` that a value was not JSON and nothing behind it can be read.
     """
 
     def __init__(self, stream: BinaryIO) -> None:

@@ -111,8 +111,8 @@ def read(
     """Reads rows of any known shape as Records.
 
     Args:
-        data: A file, a folder, a glob, `-` for standard input, `hf://owner/name:split`, or a list of these; or a list of rows, each
-            a mapping.
+        data: A file, a folder, a glob, `-` for standard input, `hf://owner/name:split`, or a list of these; or a list
+            of rows, each a mapping.
         format: The shape of every row; None recognizes each by its columns.
         columns: Columns to rename before anything else: the name a shape knows to the name in the data.
         objective: What the records are for (`supervised`, `preference`, `pretrain`): decides where a row has two

@@ -26,17 +26,16 @@ def find(data: Data) -> list[DataFile]:
     """Every file that `data` names, in the order given; the files of a folder or glob sorted. Or rows in memory.
 
     Raises:
-        UsageError: Rows that cannot be taken.
+        UsageError: Rows that are no list of their own.
         DataError: Names that lead to nothing, all of them together.
     """
-    if isinstance(data, (Mapping, Iterator)):
-        reason = "is one mapping" if isinstance(data, Mapping) else "can be iterated only once"
-        raise UsageError(f"the data {reason}, and rows are read again and again", "give a list of rows, or of paths")
-    names = [data] if isinstance(data, (str, Path)) else data
+    if isinstance(data, Mapping):
+        raise UsageError("the data is one mapping", "give a list of rows")
+    names = [data] if isinstance(data, (str, Path)) else list(data) if isinstance(data, Iterator) else data
     if any(isinstance(item, Mapping) for item in names):
         # Only a list can be mixed; a dataset of `datasets` would be read through for nothing.
         if isinstance(names, Sequence) and any(isinstance(item, (str, Path)) for item in names):
-            raise UsageError("the data holds rows and paths in one list", "give a list of rows, or of paths")
+            raise UsageError("the data holds rows and paths in one list", "give a list of rows or a list of paths")
         return [MemoryRows(names)]
     names = [str(name) for name in names]
     if not names:
