@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,27 @@ def tool_rows(lists: int, rows: int) -> list[Exchange]:
     return [exchange(np.append(tools[n], rng.integers(0, 32000, 50)), rng.integers(0, 32000, 50)) for n in order]
 
 
+class OnePrompt(Sequence[TokenTree]):
+    """Rows of 50 tokens after one prompt of 4,000, made where they are read."""
+
+    def __init__(self, rows: int) -> None:
+        rng = np.random.default_rng(0)
+        self.prompt = rng.integers(0, 32000, 4000, np.int32)
+        self.rest = rng.integers(0, 32000, (rows, 50), np.int32)
+        self.sizes = self.longest = self.unshared = np.full(rows, 4050)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, index: Any) -> Any:
+        raise NotImplementedError
+
+    def first_ids(self, index: int, start: int, stop: int) -> NDArray[np.int32]:
+        if stop <= 4000:
+            return self.prompt[start:stop]
+        return np.concatenate((self.prompt[start:], self.rest[index, max(0, start - 4000) : stop - 4000]))
+
+
 def measure(title: str, exchanges: list[Exchange]) -> None:
     start = time.perf_counter()
     trees = [TokenTree.from_exchanges([each], record=n) for n, each in enumerate(exchanges)]
@@ -80,3 +102,6 @@ if __name__ == "__main__":
     measure("short rows after a preamble", short_rows(rows, 40))
     measure("tool lists", tool_rows(200, 20))
     measure("few, large tool lists", tool_rows(4, 1000))
+    start = time.perf_counter()
+    deal(OnePrompt(rows), BUDGET)
+    print(f"one prompt of 4,000 tokens before all of {rows:,} rows: dealt in {time.perf_counter() - start:.2f} s")

@@ -4,8 +4,10 @@ import html.parser
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -232,8 +234,15 @@ MISTAKES = {
     "row and rows": (["--row", "1", "--rows", "1:2"], "exclude each other"),
     "row and summary": (["--row", "1", "--summary"], "--summary counts all rows"),
     "no such tokenizer": (["--tokenizer", "./nowhere"], "no such folder"),
-    "model and tokenizer": (["--model", "."], "one of --model and --tokenizer"),
+    "model and tokenizer": (["--model", "."], "--model and --tokenizer: both were given"),
     "page into no folder": (["--template", "chatml", "--html", "nowhere/page.html"], "--html nowhere/page.html"),
+    "page into a folder": (["--template", "chatml", "--html", "."], "--html .: is no file"),
+    "page and JSON": (["--html", "page.html", "--json"], "--html and --json exclude each other"),
+    "no template named": (["--template", ""], "--template '': is empty"),
+    "mistyped choice": (["--on-too-long", "drp"], "did you mean 'drop'?"),
+    "row that is no number": (["--row", "x"], "--row x: must be a whole number"),
+    "no such rows": (["--template", "chatml", "--rows", "20:21"], "there are no rows 20:21"),
+    "rejects of some rows": (["--on-bad-row", "skip", "--rejects", "bad.jsonl"], "--rejects needs all rows"),
     "no configuration": (["--config", "none.yaml"], "none.yaml: no such file"),
     "configuration of what": (["--config"], "names no file"),
     "a word too many": (["words"], "words"),
@@ -258,7 +267,7 @@ def test_more_mistakes(instil, tokenizer, rows, tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     assert "empty.jsonl" in instil("inspect", "--tokenizer", tokenizer, "--data", "empty.jsonl", code=2).stderr
     (tmp_path / "run.yaml").write_text("prompt_wieght: 1\n")
-    assert "--prompt-weight" in instil("inspect", "--config", "run.yaml", code=2).stderr
+    assert "did you mean 'prompt-weight'" in instil("inspect", "--config", "run.yaml", code=2).stderr
     (tmp_path / "run.yaml").write_text("a: [\n")
     assert "not YAML" in instil("inspect", "--config", "run.yaml", code=2).stderr
     (tmp_path / "bad.jinja").write_text("{% if %}")
@@ -268,6 +277,133 @@ def test_more_mistakes(instil, tokenizer, rows, tmp_path):
         *common, "--template", "chatml", "--tokens-per-batch", "8", "--max-length", "500", "--summary", code=2
     )
     assert f"{rows}:1" in done.stderr
+
+
+def test_flags_that_are_missing_or_mistyped(instil, tokenizer, rows):
+    assert "did you mean '--tokenizer'?" in instil("inspect", "--tokeniser", "x", code=2).stderr
+    assert "--data: is missing\n  Name a file" in instil("inspect", "--tokenizer", tokenizer, code=2).stderr
+    assert "--tokenizer: is missing" in instil("inspect", "--data", rows, code=2).stderr
+
+
+CONFIGURATIONS = {
+    "1: 2\n": "1 is no name of a setting",
+    "on: x\n": "YAML reads on, off",
+    "row: 1\nrow: 2\n": "'row' stands there twice, again in line 2",
+    "max-length: 9\nmax_length: 8\n": "written twice",
+    "inspect:\n  row: 1\n": "inspect: there is no such setting",
+    "row:\n  first: 1\n": "row: takes no settings of its own",
+    "prompt_wieght: 1\n": "did you mean 'prompt-weight'?",
+    "prompt_weight: -1\n": "run.yaml: --prompt-weight -1: must be 0 or more",
+    "tokenizer: ./nowhere\n": "run.yaml: ./nowhere: no such folder",
+    "when: 2024-99-99\n": "not YAML",
+    "- row\n": "holds no settings",
+}
+
+
+def test_a_mistake_in_the_configuration_names_the_file(instil, rows, tmp_path):
+    for settings, part in CONFIGURATIONS.items():
+        (tmp_path / "run.yaml").write_text(settings)
+        done = instil("inspect", "--config=run.yaml", "--data", rows, code=2)
+        assert part in done.stderr
+        assert "run.yaml" in done.stderr
+    assert "Is a directory" in instil("inspect", "--config", ".", code=2).stderr
+    assert "given twice" in instil("inspect", "--config", "a", "--config=b", code=2).stderr
+    assert "names no file" in instil("inspect", "--config=", code=2).stderr
+
+
+def test_a_page_replaces_nothing_but_a_page(instil, tokenizer, tmp_path):
+    data = tmp_path / os.fsdecode(b"caf\xe9.jsonl")
+    data.write_text(json.dumps(ROWS[0]) + "\n")
+    (tmp_path / "link.html").symlink_to(data)
+    (tmp_path / "run.yaml").write_text("row: 1\n")
+    common = ["inspect", "--tokenizer", tokenizer, "--data", str(data), "--template", "chatml"]
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for page in (str(data), "link.html", "run.yaml", f"{tokenizer}/tokenizer.json", "/dev/null"):
+        done = instil(*common, "--config", "run.yaml", "--html", page, code=2)
+        assert "is no" in done.stderr
+    rejects = ["--on-bad-row", "skip", "--rows", "1:", "--rejects", "page.html"]
+    assert "names the same file" in instil(*common, *rejects, "--html", "./page.html", code=2).stderr
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    instil(*common, "--html", "page.html")
+    instil(*common, "--html", "page.html")
+    assert {path.name for path in tmp_path.iterdir()} - {path.name for path in before} == {"page.html"}
+
+
+def test_rejects_hold_what_encoding_refused(instil, tokenizer, tmp_path):
+    refused = {"messages": [{"role": "assistant", "content": "x" * 400}, {"role": "user", "content": "y"}]}
+    given = [ROWS[0], "{broken", {"instruction": "long " * 200, "output": "no"}, refused]
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in given]
+    (tmp_path / "mixed.jsonl").write_text("".join(line + "\n" for line in lines))
+    common = ["inspect", "--tokenizer", tokenizer, "--data", "mixed.jsonl", "--template", "chatml"]
+    common += ["--max-length", "50", "--on-too-long", "error", "--on-bad-row", "skip", "--rejects"]
+    shown = instil(*common, "shown.jsonl", "--rows", "1:")
+    instil(*common, "json.jsonl", "--json")
+    instil(*common, "summary.jsonl", "--summary", "--no-cache")
+    rejects = (tmp_path / "shown.jsonl").read_text()
+    assert [json.loads(line)["row"] for line in rejects.splitlines()] == given[1:]
+    assert (tmp_path / "json.jsonl").read_text() == (tmp_path / "summary.jsonl").read_text() == rejects
+    assert "mixed.jsonl:2  unread, rejected" in shown.stdout
+
+
+def test_output_that_cannot_be_written_or_shown(instil, tokenizer, rows, tmp_path):
+    common = [sys.executable, "-m", "instil", "inspect", "--tokenizer", tokenizer, "--data", rows]
+    common += ["--template", "chatml", "--row", "1"]
+
+    def shell(redirected, **env):
+        command = ["sh", "-c", f'"$@" {redirected}', "sh", *common]
+        done = subprocess.run(command, capture_output=True, cwd=tmp_path, env={**os.environ, **env})
+        return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+    for redirected in (">/dev/full", "--json >/dev/full", ">&-"):
+        code, _, said = shell(redirected)
+        assert (code, said.count("\n")) == (2, 1)
+        assert said.startswith("instil: the output cannot be written: ")
+    assert shell("2>&-")[0] == 0
+    assert shell("--seed x 2>&-")[0] == 2
+    assert shell("--seed x 2>/dev/full")[0] == 2
+    for env in ({"PYTHONIOENCODING": "latin-1"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}):
+        code, shown, said = shell("", **env)
+        assert (code, said) == (0, "")
+        assert "⟦L│im" in shown
+    (tmp_path / "rows.jsonl").write_text((json.dumps(ROWS[0]) + "\n") * 2000)
+    common[-2:] = ["--rows", "1:"]
+    for way in ([], ["--json"]):
+        running = subprocess.Popen([*common, *way], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        running.stdout.readline()
+        running.stdout.close()
+        assert (running.wait(), running.stderr.read()) == (141, "")
+        running.stderr.close()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_leaves_nothing_behind(tokenizer, tmp_path, number, code):
+    data, folder = tmp_path / "rows.jsonl", tmp_path / "tmp"
+    folder.mkdir()
+    with data.open("w") as file:
+        for n in range(20_000):
+            file.write(
+                json.dumps({"instruction": f"Count to {n}.", "output": " ".join(map(str, range(n % 90)))}) + "\n"
+            )
+    command = [sys.executable, "-m", "instil", "inspect", "--tokenizer", tokenizer, "--data", str(data)]
+    running = subprocess.Popen(
+        [*command, "--template", "chatml", "--summary", "--no-cache", "--workers", "2"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "TMPDIR": str(folder)},
+    )
+    for _ in range(500):
+        if any(folder.glob(".instil-*")):
+            break
+        time.sleep(0.02)
+    time.sleep(0.3)
+    running.send_signal(number)
+    _, said = running.communicate(timeout=60)
+    assert (running.returncode, said) == (code, "instil: ended by a signal\n")
+    assert os.listdir(folder) == []
+    with pytest.raises(ProcessLookupError):
+        os.killpg(running.pid, 0)
 
 
 def test_templates_lists_and_shows(instil):
@@ -280,6 +416,7 @@ def test_templates_lists_and_shows(instil):
     )
     assert "{%- for message in messages -%}" in instil("templates", "chatml", "--source").stdout
     assert "chatml" in instil("templates", "chatlm", code=2).stderr
+    assert "did you mean 'chatml'?" in instil("templates", "ChatML", code=2).stderr
 
 
 def test_quickstart(instil, tmp_path):
@@ -290,6 +427,17 @@ def test_quickstart(instil, tmp_path):
     commands = [line[2:].split() for line in done.stdout.splitlines() if line.startswith("$ instil")]
     assert len(commands) == 4
     assert instil(*commands[0][1:]).stdout in done.stdout
+    section = done.stdout.partition("A conversation of several turns")[2].partition("$ instil inspect")[2]
+    assert "<tool_call>" in section.partition("All of the data")[0].replace("│", "")
+    assert "--tokenizer instil-quickstart/tokenizer" in done.stdout
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "own" / "tokenizer").mkdir(parents=True)
+    (tmp_path / "own" / "tokenizer" / "tokenizer.json").write_text("mine")
+    for output in ("file", "own", ""):
+        failed = instil("quickstart", "--output", output, code=2)
+        assert failed.stdout == ""
+        assert failed.stderr.startswith("instil: ")
+    assert (tmp_path / "own" / "tokenizer" / "tokenizer.json").read_text() == "mine"
 
 
 def test_the_sample_data_is_read_whole(instil, tokenizer):

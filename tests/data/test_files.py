@@ -187,7 +187,7 @@ def test_places_of_rows_on_one_line(tmp_path, name):
     begins = [other.source.column - 1 for other in others]
     found = file.read_text(encoding="utf-8")
     assert [found[begin : begin + len(row)] for begin, row in zip(begins, said, strict=True)] == said
-    assert str(others[0].source) == f"{file}:1:17"
+    assert str(others[0].source) == f"{file}:1:18"
 
 
 def test_lines_of_elements_in_a_long_file(tmp_path):

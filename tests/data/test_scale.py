@@ -1,4 +1,4 @@
-"""Memory does not grow with the data: the command's own process is measured on a small file and on one 20 times larger."""
+"""Memory does not grow with the data: a process is measured on a small file and on one 20 times larger."""
 
 import subprocess
 import sys

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from instil.errors import PackingError
 from instil.packing import TokenTree, TreeStore, deal, expand, pack, plan
+from instil.packing.store import StoredTrees, columns, write
 from instil.prompt.exchange import Exchange
 
 
@@ -31,7 +32,9 @@ def exchange(prompt: Any, completion: Any, weight: float = 1.0) -> Exchange:
 def taught(batches: Sequence[TokenTree]) -> Counter[tuple]:
     """Every exchange with its weights, counted."""
     return Counter(
-        (each.record, *(tuple(part.tolist()) for part in each[1:])) for batch in batches for each in expand(batch)
+        (each.record, each.label, *(tuple(part.tolist()) for part in each[2:]))
+        for batch in batches
+        for each in expand(batch)
     )
 
 
@@ -182,6 +185,25 @@ class Stored(Sequence[TokenTree]):
         return TokenTree.from_exchanges([exchange(ids[:4], ids[4:])])
 
 
+class Rows(Sequence[TokenTree]):
+    """Rows of one exchange that exist only as their ids; counts the times that ids are read."""
+
+    def __init__(self, rows: list[np.ndarray]) -> None:
+        self.rows = rows
+        self.sizes = self.longest = self.unshared = np.array([len(row) for row in rows])
+        self.read = 0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def first_ids(self, index: int, start: int, stop: int) -> np.ndarray:
+        self.read += 1
+        return self.rows[index][start:stop]
+
+    def __getitem__(self, index: Any) -> Any:
+        raise AssertionError("planning reads no whole tree")
+
+
 def lognormal(count: int) -> np.ndarray:
     return np.clip(np.random.default_rng(0).lognormal(np.log(160), 0.7, count), 8, 8192).astype(np.int64)
 
@@ -262,6 +284,61 @@ def test_a_dealt_order_keeps_groups_whole_and_mixes_them():
     turns = int((np.diff(order) != 0).sum())
     assert turns == 39
     assert abs(np.corrcoef(order, np.arange(len(order)))[0, 1]) < 0.4
+
+
+def test_long_prompts_do_not_fill_the_steps_cut_from_a_dealt_order():
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(0, 32000, (20, 1000))
+    owner = rng.permutation(np.repeat(np.arange(20), 1000))
+    trees = Rows([np.append(prompts[n], rng.integers(0, 32000, 20)) for n in owner])
+    order = deal(trees, 8192)
+    steps = np.cumsum(trees.sizes[order]) // 262_144
+    met = [len(set(owner[order[steps == step]])) for step in range(steps[-1])]
+    assert np.mean(met) > 2
+    assert np.mean(np.array(met) == 1) < 0.1
+
+
+@pytest.mark.parametrize("length", [30, 100, 4096])
+def test_duplicates_do_not_gather_in_one_batch(length):
+    rng = np.random.default_rng(0)
+    twin = rng.integers(0, 32000, length)
+    trees = Rows([twin if row % 2 else rng.integers(0, 32000, rng.integers(40, 200)) for row in range(10_000)])
+    arranged = plan(trees, 4096, share_prefixes="on")
+    unshared = np.add.reduceat(trees.sizes[arranged.records], arranged.offsets[:-1])
+    assert unshared.max() <= 17 * 4096
+    assert arranged.report.shared_across > 0.9 * 5000 * length
+
+
+def test_a_long_common_prefix_is_read_in_few_pieces():
+    rng = np.random.default_rng(0)
+    common = rng.integers(0, 32000, 6000)
+    trees = Rows([np.append(common, rng.integers(0, 32000, 20)) for _ in range(500)])
+    report = plan(trees, 8192).report
+    assert trees.read < 15 * 500
+    assert report.shared_across >= 6000 * (500 - report.batches)
+
+
+def test_stored_trees_are_planned_like_those_in_memory(tmp_path):
+    rng = np.random.default_rng(0)
+    common = rng.integers(0, 50, 300)
+    made = []
+    for _ in range(400):
+        prompt = np.append(common[: rng.choice([0, 10, 40, 100, 300])], rng.integers(0, 2, rng.integers(1, 9)))
+        made.append([exchange(prompt, rng.integers(0, 2, rng.integers(1, 6))) for _ in range(rng.integers(1, 4))])
+    trees = trees_of(made)
+    count = np.zeros(len(trees), np.int64)
+    rows = {"file": count, "line": count, "column": count, "hash": count, "lengths": count}
+    write(tmp_path, [columns(trees, rows)])
+    stored = StoredTrees(tmp_path, ["data"])
+    for width in (7, 4000):
+        for start in (0, 39, 310):
+            windows = stored.first_windows(np.arange(400), np.full(400, start), width)
+            for tree, window in zip(trees, windows, strict=True):
+                assert window[window >= 0].tolist() == tree.first_path[start : start + width].tolist()
+    assert deal(stored, 400).tolist() == deal(trees, 400).tolist()
+    in_memory, on_disk = (plan(each, 400, share_prefixes="on") for each in (trees, stored))
+    assert on_disk.records.tolist() == in_memory.records.tolist()
+    assert on_disk.report == in_memory.report
 
 
 def test_a_shared_preamble_and_tool_lists_within_it():

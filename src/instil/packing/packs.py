@@ -46,7 +46,7 @@ SORT_WIDTH = 32
 """The ids that rows are sorted by at a time; the ids after them are read only where these are equal."""
 
 SORT_IDS = 1 << 24
-"""The ids held at once while rows are sorted: where these are fewer than `SORT_WIDTH` of each row, the width shrinks."""
+"""The ids held at once while rows are sorted: with more rows than fit at `SORT_WIDTH` ids each, the width shrinks."""
 
 READ_WIDTH = 1024
 """The most ids of a row read at once while a common prefix is followed: as many may be read in vain."""
@@ -264,8 +264,9 @@ def deal(
     """The order in which an epoch's rows are best met, whether or not they will share their prefixes.
 
     Rows whose common prefix is worth sharing come together, up to a batch of them and `MOST_UNSHARED` batches' tokens
-    unshared, and such pieces and single rows come in random order. Steps cut from this order by unshared tokens hold the same rows with sharing and without;
-    each is then packed by itself with `pack(..., records=step)`. Arguments and errors are those of `pack`.
+    unshared, and such pieces and single rows come in random order. Steps cut from this order by unshared tokens hold
+    the same rows with sharing and without; each is then packed by itself with `pack(..., records=step)`. Arguments and
+    errors are those of `pack`.
 
     Returns:
         (N,) int64, the indices of the rows.
@@ -437,7 +438,7 @@ def _sort(items: _Items) -> tuple[Ints, Ints]:
     """
     order = np.arange(len(items.sizes))
     shared = np.zeros(max(0, len(order) - 1), np.int64)
-    places = order  # (A,) ascending: those of the items that agree with a neighbour as far as has been read
+    places = order.copy()  # (A,) ascending: those of the items that agree with a neighbour as far as has been read
     run = depth = np.zeros(len(order), np.int64)  # (A,): the neighbours that agree, and up to where
     while len(places):
         width = max(1, min(SORT_WIDTH, SORT_IDS // len(places)))
@@ -501,7 +502,8 @@ def _agreed(one: NDArray[Any], other: NDArray[Any], end: int) -> Ints:
     differs = one != other
     differs |= one == end
     first = differs.argmax(axis=1)
-    return np.where(differs[np.arange(len(first)), first], first, one.shape[1])
+    found: Ints = np.where(differs[np.arange(len(first)), first], first, one.shape[1])
+    return found
 
 
 @dataclass(slots=True)

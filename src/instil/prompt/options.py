@@ -14,8 +14,15 @@ def _arguments(value: Any) -> Any:
     """`name=value,…` with each value read as YAML, so that `false` is no text."""
     given = pairs(value)
     if isinstance(value, dict | str) and isinstance(given, dict):
-        return {name: yaml.safe_load(text) if isinstance(text, str) else text for name, text in given.items()}
+        return {name: _read(text) if isinstance(text, str) else text for name, text in given.items()}
     return given
+
+
+def _read(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"{text!r} is no value: put text that is no plain word in quotes") from None
 
 
 class PromptOptions(BaseModel):
