@@ -382,7 +382,7 @@ def test_a_signal_leaves_nothing_behind(tokenizer, tmp_path, number, code):
     with data.open("w") as file:
         for n in range(20_000):
             file.write(
-                json.dumps({"instruction": f"Count to {n}.", "output": " ".join(map(str, range(n % 90)))}) + "\n"
+                json.dumps({"instruction": f"Count to {n}.", "output": " ".join(map(str, range(1 + n % 90)))}) + "\n"
             )
     command = [sys.executable, "-m", "instil", "inspect", "--tokenizer", tokenizer, "--data", str(data)]
     running = subprocess.Popen(
@@ -397,7 +397,6 @@ def test_a_signal_leaves_nothing_behind(tokenizer, tmp_path, number, code):
         if any(folder.glob(".instil-*")):
             break
         time.sleep(0.02)
-    time.sleep(0.3)
     running.send_signal(number)
     _, said = running.communicate(timeout=60)
     assert (running.returncode, said) == (code, "instil: ended by a signal\n")

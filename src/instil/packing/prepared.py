@@ -12,6 +12,7 @@ import sys
 import tempfile
 import weakref
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import chain, groupby
@@ -25,7 +26,7 @@ from instil.conversation import Record
 from instil.data import Records
 from instil.data import Report as ReadReport
 from instil.errors import PackingError, RowProblem, UsageError
-from instil.packing.packs import Report, plan
+from instil.packing.packs import Report, refuse_long
 from instil.packing.store import Columns, StoredTrees, columns, write
 from instil.packing.summary import Summary, describe
 from instil.packing.tree import TokenTree
@@ -122,7 +123,8 @@ def prepare(
     folder = _new_folder(Path(cache) if cache is not None and key is not None else Path(tempfile.gettempdir()))
     try:
         _fill(folder, records, encoder, workers or _cores())
-        _refuse_long(_load(folder).trees, tokens_per_batch)
+        if tokens_per_batch is not None:
+            refuse_long(_load(folder).trees, tokens_per_batch)
         if key is None:
             prepared = _load(folder)
             weakref.finalize(prepared.trees, shutil.rmtree, folder, ignore_errors=True)
@@ -131,12 +133,6 @@ def prepare(
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return _load(_put(folder, folder.parent / key))
-
-
-def _refuse_long(trees: StoredTrees, tokens_per_batch: int | None) -> None:
-    """Raise for rows that fit no batch, all of them named."""
-    if tokens_per_batch is not None and len(trees) and int(trees.longest.max()) > tokens_per_batch:
-        plan(trees, tokens_per_batch, share_prefixes="off")
 
 
 def _new_folder(root: Path) -> Path:
@@ -173,7 +169,8 @@ def _fill(folder: Path, records: Records, encoder: RecordEncoder, workers: int) 
     def parts() -> Iterator[Columns]:
         for part in _parts(records, encoder, workers):
             summary.merge(part.summary)
-            problems.extend(part.problems)
+            if records.on_bad_row != "skip" or records.rejects is not None:
+                problems.extend(part.problems)
             stop_tokens.update(dict.fromkeys(part.stop_tokens))
             yield part.columns
 
@@ -228,7 +225,8 @@ def _parts_of_workers(records: Records, encoder: RecordEncoder, workers: int) ->
         for number in range(workers):
             receiver, sender = context.Pipe(duplex=False)
             process = context.Process(target=_work, args=(sender, records, encoder, number, workers), daemon=True)
-            process.start()
+            with _signals_held():
+                process.start()
             sender.close()
             processes.append(process)
             receivers.append(receiver)
@@ -247,6 +245,19 @@ def _parts_of_workers(records: Records, encoder: RecordEncoder, workers: int) ->
     records.report = total
 
 
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Hold back what would end this process: an exception raised in the midst of a fork is lost."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _received(receiver: Connection) -> _Part | ReadReport:
     try:
         sent: _Part | ReadReport | Exception = receiver.recv()
@@ -263,6 +274,8 @@ def _work(sender: Connection, records: Records, encoder: RecordEncoder, number: 
     """In a process of its own: send the parts of a share, then the report of its rows, or what went wrong."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are taken by the other processes
     try:
         for part in _share(records, encoder, number, of):
@@ -288,7 +301,7 @@ def _encode(encoder: RecordEncoder, chunk: list[Record], files: Mapping[str, int
         if row.exchanges and record.kind != "prompt":
             trees.append(TokenTree.from_exchanges(row.exchanges))
             source = record.source
-            places.append((files[source.path], source.line, getattr(source, "column", 0), _hash(row)))
+            places.append((files[source.path], source.line, source.column, _hash(row)))
             lengths += map(len, row.exchanges)
     kinds = {"file": np.int32, "line": np.int64, "column": np.int64, "hash": np.uint64}
     found = {name: np.array([place[at] for place in places], kind) for at, (name, kind) in enumerate(kinds.items())}

@@ -17,6 +17,7 @@ from instil.prompt import EncodedRecord
 from instil.prompt.exchange import Boundary
 
 _QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\b\d[\d,.]*\b")
+_PLACE = re.compile(r"(.*?):(\d+(?::\d+)?)")
 _INDEX = re.compile(r"\[\d+\]")
 _FIGURES = re.compile(r": [\d,]+ tokens, more than max_length [\d,]+")
 
@@ -50,7 +51,8 @@ class Tally:
     def __str__(self) -> str:
         lines: dict[str, list[str]] = {}
         for source in self.first:
-            file, _, line = source.rpartition(":")
+            found = _PLACE.fullmatch(source)
+            file, line = found.groups() if found else (source, "")
             lines.setdefault(file, []).append(line)
         places = "; ".join(f"{file}:{', '.join(numbers)}" for file, numbers in lines.items())
         more = ", …" if self.rows > len(self.first) else ""
