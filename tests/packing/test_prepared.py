@@ -3,6 +3,7 @@
 import json
 import operator
 import os
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 import instil
 from instil.errors import DataError
-from instil.packing import cache_folder
+from instil.packing import cache_folder, concatenate
 from instil.pocket import save_sample_tokenizer
 
 
@@ -220,3 +221,16 @@ def test_where_the_cache_is(monkeypatch):
     monkeypatch.delenv("INSTIL_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
     assert cache_folder() == Path("/caches/instil")
+
+
+def test_batches_read_in_one_go_are_those_put_together_tree_by_tree(tmp_path, tokenizer):
+    file = write_rows(tmp_path / "rows.jsonl", conversations(200))
+    prepared = instil.prepare(instil.read(file), tokenizer, template="chatml", prompt_weight=0.5)
+    packs = instil.pack(prepared.trees, 300, share_prefixes="off")
+    for number, batch in enumerate(packs):
+        rows = packs.plan.rows(number)
+        wanted = concatenate([prepared.trees[row].of_record(row) for row in rows.tolist()])
+        for field in fields(wanted):
+            one, other = getattr(batch, field.name), getattr(wanted, field.name)
+            assert one.dtype == other.dtype
+            np.testing.assert_array_equal(one, other, field.name)

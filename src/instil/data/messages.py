@@ -58,7 +58,14 @@ def read_messages(row: Row, field: str, value: Any) -> list[Turn] | None:
     return found if len(found) == len(turns) else None
 
 
+_PLAIN_KEYS = {"role", "content"}
+
+
 def _read_message(row: Row, field: str, item: Any) -> Turn | None:
+    if isinstance(item, dict) and item.keys() == _PLAIN_KEYS:  # by far the most common, and quickly read
+        role, content = item["role"], item["content"]
+        if role in ("user", "assistant", "system") and isinstance(content, str) and content.strip():
+            return Turn(field, Message(role, content))
     if not isinstance(item, Mapping):
         row.bad(field, f"must be a message with role and content, and is {described(item)}")
         return None

@@ -140,6 +140,10 @@ class Plan:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    def rows(self, number: int) -> Ints:
+        """(K,) the rows of one batch."""
+        return self.records[self.offsets[number] : self.offsets[number + 1]]
+
     def batch(self, number: int) -> list[tuple[int, Ints | None]]:
         """The rows of one batch, each with the exchanges that stand there (None: all of them)."""
         places = range(int(self.offsets[number]), int(self.offsets[number + 1]))
@@ -173,6 +177,10 @@ class Packs(Sequence[PackedBatch]):
     def __getitem__(self, number: int | slice) -> PackedBatch | list[PackedBatch]:
         if isinstance(number, slice):
             return [self[each] for each in range(len(self))[number]]
+        together = getattr(self.trees, "concatenated", None)
+        if together is not None and self.report.share_prefixes == "off" and not self.plan.parts:
+            batch: PackedBatch = together(self.plan.rows(range(len(self))[number]))
+            return batch
         rows = []
         for record, part in self.plan.batch(range(len(self))[number]):
             tree = self.trees[record].of_record(record)

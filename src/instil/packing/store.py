@@ -146,6 +146,27 @@ class StoredTrees(Sequence[TokenTree]):
             lengths[index] = (ends == np.arange(1, len(ends) + 1)).argmax() + 1
         return lengths
 
+    def concatenated(self, rows: Ints) -> TokenTree:
+        """What `concatenate` makes of the trees of some rows, read in one go."""
+        tokens, sizes = _gathered(self._starts["sizes"], rows)
+        targets, target_counts = _gathered(self._starts["targets"], rows)
+        exchanges, exchange_counts = _gathered(self._starts["exchanges"], rows)
+        first_token, first_exchange = np.cumsum(sizes) - sizes, np.cumsum(exchange_counts) - exchange_counts
+        arrays = self._arrays
+        ends = arrays["subtree_end"][tokens] + np.repeat(first_token, sizes)
+        return TokenTree(
+            arrays["input_ids"][tokens].astype(np.int64),
+            depths(ends),
+            ends,
+            arrays["target_rows"][targets] + np.repeat(first_token, target_counts),
+            arrays["target_ids"][targets].astype(np.int64),
+            arrays["target_weights"][targets],
+            arrays["target_exchange"][targets] + np.repeat(first_exchange, target_counts),
+            arrays["exchange_prompt"][exchanges].astype(np.int64),
+            np.repeat(rows, exchange_counts),
+            arrays["exchange_label"][exchanges].astype(np.int64),
+        )
+
     def __len__(self) -> int:
         return len(self.sizes)
 
@@ -174,6 +195,13 @@ class StoredTrees(Sequence[TokenTree]):
             np.full(exchanges.stop - exchanges.start, index),
             self._arrays["exchange_label"][exchanges],
         )
+
+
+def _gathered(starts: Ints, rows: Ints) -> tuple[Ints, Ints]:
+    """Where the elements of some rows stand in a flat array, row after row, and how many each row has."""
+    counts = starts[rows + 1] - starts[rows]
+    before = np.cumsum(counts) - counts
+    return np.repeat(starts[rows] - before, counts) + np.arange(int(counts.sum())), counts
 
 
 def _joined(arrays: Sequence[NDArray[Any]], kind: type[np.generic]) -> NDArray[Any]:

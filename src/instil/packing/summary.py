@@ -11,7 +11,7 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from instil.conversation import ROLES
+from instil.conversation import ROLES, Source
 from instil.errors import RowProblem
 from instil.prompt import EncodedRecord
 from instil.prompt.exchange import Boundary
@@ -37,11 +37,11 @@ class Tally:
     rows: int = 0
     first: list[str] = field(default_factory=list)
 
-    def add(self, source: str) -> None:
+    def add(self, source: Source | str) -> None:
         """Count a row."""
         self.rows += 1
         if len(self.first) < NAMED:
-            self.first.append(source)
+            self.first.append(str(source))
 
     def merge(self, later: Tally) -> None:
         """Add the count of later rows."""
@@ -94,7 +94,7 @@ class Summary:
             row: As it was encoded.
             stop_ids: The tokens that end an answer.
         """
-        source = str(row.record.source)
+        source = row.record.source
         self.counts["rows"] += 1
         self.tally("status", row.status).add(source)
         self.tally("kind", row.record.kind).add(source)
@@ -108,16 +108,20 @@ class Summary:
             self.tally("rewritten", "history").add(source)
         if any(exchange.boundary == "split" for exchange in row.exchanges):
             self.tally("split", "seam").add(source)
+        tokens = trained = stopped = 0
         for exchange in row.exchanges:
             ids = exchange.completion_ids
-            trained = np.count_nonzero(exchange.prompt_weights) + np.count_nonzero(exchange.completion_weights)
-            self.counts["exchanges"] += 1
+            tokens += len(exchange)
+            trained += int(np.count_nonzero(exchange.prompt_weights) + np.count_nonzero(exchange.completion_weights))
+            stopped += bool(len(ids)) and int(ids[-1]) in stop_ids
             self.counts[f"boundary {exchange.boundary}"] += 1
-            self.counts["tokens"] += len(exchange)
-            self.counts["trained"] += int(trained)
-            self.counts["stopped"] += bool(len(ids)) and int(ids[-1]) in stop_ids
-        self.role_tokens.update(row.role_tokens)
-        self.role_trained.update(row.role_trained)
+        self.counts["exchanges"] += len(row.exchanges)
+        self.counts["tokens"] += tokens
+        self.counts["trained"] += trained
+        self.counts["stopped"] += stopped
+        if row.role_tokens:
+            self.role_tokens.update(row.role_tokens)
+            self.role_trained.update(row.role_trained)
 
     def merge(self, later: Summary) -> None:
         """Add the counts of later rows."""

@@ -406,6 +406,8 @@ def _left_out(draft: _Draft) -> list[str]:
     ):
         missing.append("tools")
     for number, message in enumerate(draft.conversation.messages[: draft.turn + 1]):
+        if message.content in draft.text.full and not message.reasoning_content:
+            continue
         texts = [("content", text) for text in message.fields.values() or (message.content,)]
         if number == draft.turn:
             texts.append(("reasoning", message.reasoning_content or ""))

@@ -21,6 +21,7 @@ from instil.prompt.template import ChatTemplate, template_warnings
 from instil.prompt.tokenizer import Encoder, Piece, Tokenizer
 
 _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # Unicode keeps them free for a program's own use
+_PLAIN_KEYS = {"role", "content"}
 _PROBE = "zqProbeqz"
 _THINK = re.compile(r"\s*(?:<think>)?(?P<inside>.*?)</think>", re.DOTALL)
 
@@ -306,7 +307,10 @@ class Renderer:
 
     def _spells(self, messages: Sequence[Wire], tools: Sequence[Wire]) -> bool:
         """Whether a message or tool spells a control token."""
-        return bool(self.encoder.spelled("\0".join(_texts([*messages, *tools]))))
+        texts: list[str] = []
+        for message in messages:
+            texts += [message["content"]] if message.keys() == _PLAIN_KEYS else _texts(message)
+        return bool(self.encoder.spelled("\0".join(texts + _texts(tools))))
 
     def _broken(self, node: Any, breakable: frozenset[str], mark: str) -> Any:
         """The texts of a message or tool with a mark in each control token that they spell."""
