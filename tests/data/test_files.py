@@ -385,3 +385,18 @@ def test_memory_stays_constant(tmp_path, name):
         tracemalloc.stop()
     size = count * 900
     assert peak < size / (3 if name.endswith("yaml") else 5)
+
+
+def test_a_row_that_holds_itself_is_among_the_rejects(tmp_path):
+    file, rejects = tmp_path / "rows.yaml", tmp_path / "rejects.jsonl"
+    file.write_text("- &a {instruction: x, output: y, z: *a}\n- {instruction: a, output: b}\n")
+    assert len(list(read(file, on_bad_row="skip", rejects=rejects))) == 1
+    (entry,) = map(json.loads, rejects.read_text().splitlines())
+    assert entry["source"] == f"{file}:1"
+    assert isinstance(entry["row"], str)
+
+
+def test_a_file_name_that_is_no_utf8_has_a_fingerprint(tmp_path):
+    file = tmp_path / "caf\udce9.jsonl"
+    file.write_text('{"instruction": "a", "output": "b"}\n')
+    assert read(file).fingerprint() != read([file, file]).fingerprint()

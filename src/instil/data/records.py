@@ -18,7 +18,7 @@ from typing import IO, Any, Literal, cast
 
 from instil.conversation import Record
 from instil.data.files import DataFile, LocalFile, Note, PendingRow, RawRow
-from instil.data.row import Row
+from instil.data.row import Row, described
 from instil.data.shapes import (
     OBJECTIVES,
     SHAPES,
@@ -377,7 +377,7 @@ class Records:
         for file, _ in self._files:
             if not isinstance(file, LocalFile):
                 return None
-            digest.update(f"\0{file.path}\0".encode())
+            digest.update(f"\0{file.path}\0".encode(errors="surrogateescape"))
             with file.file.open("rb") as content:
                 digest.update(hashlib.file_digest(content, "sha256").digest())
         return digest.hexdigest()
@@ -456,7 +456,11 @@ class _Rejects:
         if isinstance(row, bytes):
             row = {"base64": base64.b64encode(row).decode()}
         entry = {"source": str(raw.source), "problems": said, "row": row}
-        line = json.dumps(entry, ensure_ascii=False, default=str)
+        try:
+            line = json.dumps(entry, ensure_ascii=False, default=str)
+        except (ValueError, RecursionError):  # YAML's aliases let a row hold itself
+            entry["row"] = described(row)
+            line = json.dumps(entry, ensure_ascii=False)
         try:
             self._file.write(line + "\n")
         except UnicodeEncodeError:
