@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from instil.errors import PackingError
 from instil.packing import TokenTree, TreeStore, deal, expand, pack, plan
 from instil.packing.store import StoredTrees, columns, write
+from instil.packing.tree import concatenate
 from instil.prompt.exchange import Exchange
 
 
@@ -328,7 +329,7 @@ def test_stored_trees_are_planned_like_those_in_memory(tmp_path):
     trees = trees_of(made)
     count = np.zeros(len(trees), np.int64)
     rows = {"file": count, "line": count, "column": count, "hash": count, "lengths": count}
-    write(tmp_path, [columns(trees, rows)])
+    write(tmp_path, [columns(concatenate(trees), rows)])
     stored = StoredTrees(tmp_path, ["data"])
     for width in (7, 4000):
         for start in (0, 39, 310):

@@ -12,7 +12,7 @@ import signal
 import sys
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -30,8 +30,9 @@ from instil.errors import PackingError, RowProblem, UsageError
 from instil.packing.packs import Report, refuse_long
 from instil.packing.store import Columns, StoredTrees, columns, write
 from instil.packing.summary import Summary, describe
-from instil.packing.tree import TokenTree
+from instil.packing.tree import TokenTree, concatenate, paths
 from instil.prompt import EncodedRecord, PromptOptions, RecordEncoder, load_renderer, longest_exchange, prompt_options
+from instil.prompt.exchange import Exchange
 
 _MANIFEST = "manifest.json"
 _CHUNK = 128  # rows encoded at once
@@ -294,22 +295,31 @@ def _encode(encoder: RecordEncoder, chunk: list[Record], files: Mapping[str, int
     backend = encoder.renderer.tokenizer.backend
     stop_ids = frozenset(i for i in map(backend.token_to_id, encoder.renderer.stop_tokens) if i is not None)
     summary = Summary()
-    problems: list[RowProblem] = []
-    trees: list[TokenTree] = []
-    places: list[tuple[int, int, int, int]] = []
-    lengths: list[int] = []
-    for record, row in zip(chunk, rows, strict=True):
-        summary.add(row, stop_ids)
-        problems += row.problems
-        if row.exchanges and record.kind != "prompt":
-            trees.append(TokenTree.from_exchanges(row.exchanges))
-            source = record.source
-            places.append((files[source.path], source.line, source.column, _hash(row)))
-            lengths += map(len, row.exchanges)
-    kinds = {"file": np.int32, "line": np.int64, "column": np.int64, "hash": np.uint64}
-    found = {name: np.array([place[at] for place in places], kind) for at, (name, kind) in enumerate(kinds.items())}
-    trained = columns(trees, found | {"lengths": np.array(lengths, np.int32)})
-    return _Part(trained, summary, problems, list(encoder.renderer.stop_tokens))
+    summary.add(rows, stop_ids)
+    problems = [problem for row in rows for problem in row.problems]
+    trained = [row for row in rows if row.exchanges and row.record.kind != "prompt"]
+    sources = [row.record.source for row in trained]
+    forest = _forest([row.exchanges for row in trained])
+    places: Columns = {
+        "file": np.array([files[source.path] for source in sources], np.int32),
+        "line": np.array([source.line for source in sources], np.int64),
+        "column": np.array([source.column for source in sources], np.int64),
+        "hash": np.array([_hash(row) for row in trained], np.uint64),
+        "lengths": np.array([len(exchange) for row in trained for exchange in row.exchanges], np.int32),
+    }
+    return _Part(columns(forest, places), summary, problems, list(encoder.renderer.stop_tokens))
+
+
+def _forest(rows: Sequence[Sequence[Exchange]]) -> TokenTree:
+    """The trees of rows side by side; rows of one exchange, which share nothing, are laid out together."""
+    trees = []
+    for several, group in groupby(enumerate(rows), key=lambda row: len(row[1]) > 1):
+        if several:
+            trees += [TokenTree.from_exchanges(exchanges, record=record) for record, exchanges in group]
+        else:
+            singles = [(exchange, record) for record, exchanges in group for exchange in exchanges]
+            trees.append(paths([exchange for exchange, _ in singles], [record for _, record in singles]))
+    return trees[0] if len(trees) == 1 else concatenate(trees)
 
 
 def _hash(row: EncodedRecord) -> int:

@@ -39,37 +39,56 @@ _ROWS: dict[str, type[np.generic]] = {
     "hash": np.uint64,  # (N,) of all its tokens: rows that are alike have the same
     "lengths": np.int32,  # (exchanges,) prompt and completion of each exchange together
 }
+_KINDS = _FIELDS | _COUNTS | _ROWS
 Columns = dict[str, NDArray[Any]]
 
 
-def columns(trees: Sequence[TokenTree], rows: Columns) -> Columns:
-    """The arrays that hold these trees.
+def columns(forest: TokenTree, rows: Columns) -> Columns:
+    """The arrays that hold the trees of a forest.
 
     Args:
-        trees: One for each row of data.
+        forest: A tree for each row of data, in order: `exchange_record` counts them from 0.
         rows: `file`, `line`, `column`, `hash` and `lengths` of the rows.
     """
-    found: Columns = {name: _joined([getattr(tree, name) for tree in trees], kind) for name, kind in _FIELDS.items()}
-    counted = {
-        "sizes": [tree.size for tree in trees],
-        "targets": [len(tree.target_rows) for tree in trees],
-        "exchanges": [tree.exchanges for tree in trees],
-        "longest": [tree.longest for tree in trees],
-        "unshared": [tree.unshared for tree in trees],
+    exchanges = np.bincount(forest.exchange_record)  # (N,)
+    first = np.cumsum(exchanges) - exchanges  # (N,)
+    paths = forest.target_rows[forest.last_targets]  # (E,): where each exchange ends; a tree's last row ends one
+    ends = _over(np.maximum, paths, first) + 1  # (N,)
+    sizes = np.diff(ends, prepend=0)
+    starts = ends - sizes
+    tree_of = forest.exchange_record[forest.target_exchange]  # (S,)
+    found = {
+        "input_ids": forest.input_ids,
+        "subtree_end": forest.subtree_end - np.repeat(starts, sizes),
+        "target_rows": forest.target_rows - starts[tree_of],
+        "target_ids": forest.target_ids,
+        "target_weights": forest.target_weights,
+        "target_exchange": forest.target_exchange - first[tree_of],
+        "exchange_prompt": forest.exchange_prompt,
+        "exchange_label": forest.exchange_label,
+        "sizes": sizes,
+        "targets": np.bincount(tree_of),
+        "exchanges": exchanges,
+        "longest": _over(np.maximum, forest.position_ids, starts) + 1,
+        "unshared": _over(np.add, forest.path_lengths, first),
+        **rows,
     }
-    found |= {name: np.array(counted[name], kind) for name, kind in _COUNTS.items()}
-    return found | {name: rows[name].astype(kind, copy=False) for name, kind in _ROWS.items()}
+    return {name: found[name].astype(kind, copy=False) for name, kind in _KINDS.items()}
+
+
+def _over(operation: np.ufunc, values: Ints, starts: Ints) -> Ints:
+    """(N,) the values of each tree as one, from each start to the next."""
+    return operation.reduceat(values, starts) if len(starts) else starts
 
 
 def write(folder: Path, chunks: Iterable[Columns]) -> None:
     """Append chunk after chunk to the arrays' files in a folder."""
-    kinds = _FIELDS | _COUNTS | _ROWS
     with ExitStack() as opened:
-        files = {name: opened.enter_context((folder / f"{name}.bin").open("wb")) for name in kinds}
+        files = {name: opened.enter_context((folder / f"{name}.bin").open("wb")) for name in _KINDS}
         for chunk in chunks:
             for name, file in files.items():
                 _append(file, chunk[name])
-    (folder / "arrays.json").write_text(json.dumps({name: np.dtype(kind).str for name, kind in kinds.items()}))
+    (folder / "arrays.json").write_text(json.dumps({name: np.dtype(kind).str for name, kind in _KINDS.items()}))
 
 
 def _append(file: BinaryIO, array: NDArray[Any]) -> None:
@@ -202,10 +221,6 @@ def _gathered(starts: Ints, rows: Ints) -> tuple[Ints, Ints]:
     counts = starts[rows + 1] - starts[rows]
     before = np.cumsum(counts) - counts
     return np.repeat(starts[rows] - before, counts) + np.arange(int(counts.sum())), counts
-
-
-def _joined(arrays: Sequence[NDArray[Any]], kind: type[np.generic]) -> NDArray[Any]:
-    return np.concatenate(arrays).astype(kind, copy=False) if arrays else np.empty(0, kind)
 
 
 def _mapped(path: Path, kind: str) -> NDArray[Any]:

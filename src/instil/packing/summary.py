@@ -87,15 +87,27 @@ class Summary:
         for what in dict.fromkeys(_general(_without_index(each.field) + each.reason) for each in problems):
             self.tally("rejected because", what).add(source)
 
-    def add(self, row: EncodedRecord, stop_ids: frozenset[int]) -> None:
-        """Count one row.
+    def add(self, rows: Sequence[EncodedRecord], stop_ids: frozenset[int]) -> None:
+        """Count some rows.
 
         Args:
-            row: As it was encoded.
+            rows: As they were encoded.
             stop_ids: The tokens that end an answer.
         """
+        for row in rows:
+            self._add_row(row)
+        exchanges = [exchange for row in rows for exchange in row.exchanges]
+        weights = [part for each in exchanges for part in (each.prompt_weights, each.completion_weights)]
+        answers = [each.completion_ids for each in exchanges if len(each.completion_ids)]
+        self.counts.update(f"boundary {exchange.boundary}" for exchange in exchanges)
+        self.counts["rows"] += len(rows)
+        self.counts["exchanges"] += len(exchanges)
+        self.counts["tokens"] += sum(map(len, weights))
+        self.counts["trained"] += int(np.count_nonzero(np.concatenate(weights))) if weights else 0
+        self.counts["stopped"] += sum(int(ids[-1]) in stop_ids for ids in answers)
+
+    def _add_row(self, row: EncodedRecord) -> None:
         source = row.record.source
-        self.counts["rows"] += 1
         self.tally("status", row.status).add(source)
         self.tally("kind", row.record.kind).add(source)
         if row.reason:
@@ -108,17 +120,6 @@ class Summary:
             self.tally("rewritten", "history").add(source)
         if any(exchange.boundary == "split" for exchange in row.exchanges):
             self.tally("split", "seam").add(source)
-        tokens = trained = stopped = 0
-        for exchange in row.exchanges:
-            ids = exchange.completion_ids
-            tokens += len(exchange)
-            trained += int(np.count_nonzero(exchange.prompt_weights) + np.count_nonzero(exchange.completion_weights))
-            stopped += bool(len(ids)) and int(ids[-1]) in stop_ids
-            self.counts[f"boundary {exchange.boundary}"] += 1
-        self.counts["exchanges"] += len(row.exchanges)
-        self.counts["tokens"] += tokens
-        self.counts["trained"] += trained
-        self.counts["stopped"] += stopped
         if row.role_tokens:
             self.role_tokens.update(row.role_tokens)
             self.role_trained.update(row.role_trained)

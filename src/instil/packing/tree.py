@@ -70,33 +70,8 @@ class TokenTree:
         Raises:
             PackingError: An exchange has no completion, or fewer than two tokens in all.
         """
-        paths = [_Path.of(exchange, f"exchange {n} of record {record}") for n, exchange in enumerate(exchanges)]
-        if len(paths) == 1:
-            size = len(paths[0].tokens)
-            input_ids, subtree_end = paths[0].tokens.astype(np.int64), np.full(size, size)
-            target_rows = paths[0].target_depths
-            target_exchange = np.zeros(len(target_rows), np.int64)
-            position_ids = np.arange(size)
-        else:
-            root = _Node(np.empty(0, np.int32), None)
-            ends = [root.insert(path.tokens) for path in paths]
-            input_ids, subtree_end = _lay_out(root)
-            rows = [end.rows(len(path.tokens))[path.target_depths] for end, path in zip(ends, paths, strict=True)]
-            target_rows = _join(rows)
-            target_exchange = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
-            position_ids = depths(subtree_end)
-        return cls(
-            input_ids,
-            position_ids,
-            subtree_end,
-            target_rows,
-            _join([path.target_ids for path in paths]),
-            _join([path.target_weights for path in paths], np.float32),
-            target_exchange,
-            np.array([path.prompt for path in paths], np.int64),
-            np.full(len(paths), record),
-            np.array([LABELS.index(exchange.label) for exchange in exchanges], np.int64),
-        )
+        flat = paths(exchanges, [record] * len(exchanges))
+        return flat if len(exchanges) == 1 else merge([flat])
 
     @property
     def size(self) -> int:
@@ -229,6 +204,49 @@ def depths(subtree_end: Ints) -> Ints:
     return np.arange(size) - ended
 
 
+def paths(exchanges: Sequence[Exchange], records: Sequence[int]) -> TokenTree:
+    """The forest of exchanges in which nothing is shared: each is a path by itself.
+
+    Args:
+        exchanges: (E,) what the records teach.
+        records: (E,) the row of data that each comes from.
+
+    Raises:
+        PackingError: An exchange has no completion, or fewer than two tokens in all.
+    """
+    for number, exchange in enumerate(exchanges):
+        if not len(exchange.completion_ids) or len(exchange) < 2:
+            raise PackingError(
+                f"exchange {number} of record {records[number]} has {len(exchange.prompt_ids)} prompt tokens and "
+                f"{len(exchange.completion_ids)} completion tokens: no token of a completion can be predicted from "
+                "one before it",
+                "Drop the row, or give it a prompt and an answer.",
+            )
+    ids = _join([part for each in exchanges for part in (each.prompt_ids, each.completion_ids)])  # (T + E,)
+    weights = _join([part for each in exchanges for part in (each.prompt_weights, each.completion_weights)], np.float32)
+    lengths = np.array([len(exchange) for exchange in exchanges], np.int64)
+    last = np.cumsum(lengths) - 1  # (E,): only a target
+    trained = weights > 0
+    trained[last + 1 - lengths] = False  # nothing precedes it
+    trained[last] = True
+    targets = trained.nonzero()[0]  # (S,)
+    exchange_of = np.repeat(np.arange(len(exchanges)), lengths)[targets]
+    sizes = lengths - 1
+    ends = np.cumsum(sizes)
+    return TokenTree(
+        np.delete(ids, last),
+        np.arange(int(sizes.sum())) - np.repeat(ends - sizes, sizes),
+        np.repeat(ends, sizes),
+        targets - 1 - exchange_of,  # the last token of each exchange before is no row
+        ids[targets],
+        weights[targets],
+        exchange_of,
+        np.array([len(exchange.prompt_ids) for exchange in exchanges], np.int64),
+        np.array(records, np.int64),
+        np.array([LABELS.index(exchange.label) for exchange in exchanges], np.int64),
+    )
+
+
 def concatenate(trees: Sequence[TokenTree]) -> TokenTree:
     """One forest of all trees, nothing shared between them; exchanges are numbered on from tree to tree.
 
@@ -279,32 +297,6 @@ def merge(trees: Sequence[TokenTree]) -> TokenTree:
         subtree_end=subtree_end,
         target_rows=moved[flat.target_rows],
     )
-
-
-class _Path(NamedTuple):
-    """One exchange as a path of input tokens and the targets along it."""
-
-    tokens: Ids  # (L,)
-    target_depths: Ints  # (S,)
-    target_ids: Ids  # (S,)
-    target_weights: NDArray[np.float32]  # (S,)
-    prompt: int
-
-    @classmethod
-    def of(cls, exchange: Exchange, name: str) -> _Path:
-        ids = np.concatenate((exchange.prompt_ids, exchange.completion_ids))  # (L + 1,)
-        weights = np.concatenate((exchange.prompt_weights, exchange.completion_weights))
-        if len(ids) < 2 or len(exchange.completion_ids) == 0:
-            raise PackingError(
-                f"{name} has {len(exchange.prompt_ids)} prompt tokens and {len(exchange.completion_ids)} completion "
-                "tokens: no token of a completion can be predicted from one before it",
-                "Drop the row, or give it a prompt and an answer.",
-            )
-        trained = weights > 0
-        trained[0] = False
-        trained[-1] = True
-        depths = trained.nonzero()[0]
-        return cls(ids[:-1], depths - 1, ids[depths], weights[depths], len(exchange.prompt_ids))
 
 
 class _Node:

@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Literal
 
 import numpy as np
@@ -17,7 +17,7 @@ from instil.errors import InstilError, RowProblem, TemplateError
 from instil.prompt.exchange import Boundary, Exchange
 from instil.prompt.options import PromptOptions
 from instil.prompt.render import Renderer, Span, TextExchange
-from instil.prompt.tokenizer import Encoder
+from instil.prompt.tokenizer import Cut, Encoder
 
 Status = Literal["kept", "cut", "dropped", "rejected"]
 
@@ -60,6 +60,7 @@ class _Draft:
     turn: int
     label: str
     text: TextExchange
+    cut: Cut
     exchange: Exchange | None = None
     reason: str = ""
 
@@ -124,13 +125,16 @@ class RecordEncoder:
     def _draft_conversation(self, record: Record, conversation: Conversation, label: str) -> list[_Draft]:
         numbers = list(range(len(conversation.messages)))
         if record.kind == "text":
-            return [_Draft(conversation, numbers, 0, label, self.renderer.document(conversation.messages[0]))]
-        if record.kind == "prompt":
-            return [_Draft(conversation, numbers, len(numbers), label, self._text(conversation, len(numbers)))]
-        only_last = self.options.train_on == "last" or record.kind in ("preference", "labelled")
+            texts = {0: self.renderer.document(conversation.messages[0])}
+        elif record.kind == "prompt":
+            texts = {len(numbers): self._text(conversation, len(numbers))}
+        else:
+            only_last = self.options.train_on == "last" or record.kind in ("preference", "labelled")
+            turns = _trained_turns(conversation, only_last)
+            texts = {turn: self._text(conversation, turn) for turn in turns}
         return [
-            _Draft(conversation, numbers, turn, label, self._text(conversation, turn))
-            for turn in _trained_turns(conversation, only_last)
+            _Draft(conversation, numbers, turn, label, text, cut_exchange(self.encoder, text))
+            for turn, text in texts.items()
         ]
 
     def _text(self, conversation: Conversation, turn: int) -> TextExchange:
@@ -160,12 +164,9 @@ class RecordEncoder:
         """The plain pieces of all the texts, to be encoded in one go."""
         for row in rows:
             for draft in (draft for drafts in row.drafts for draft in drafts):
-                text = draft.text
-                whole = (text.completion, _shifted(text)) if text.first_plain else (text.full, text.plain_at)
-                for part, plain_at in ((text.prompt, text.plain_at), whole):
-                    for piece in self.encoder.cut(part, plain_at):
-                        if piece.control is None:
-                            yield piece.text, not piece.start
+                for piece in chain(*draft.cut):
+                    if piece.control is None:
+                        yield piece.text, not piece.start
 
     def _finish(self, row: _Row) -> EncodedRecord:
         problems = list(row.problems)
@@ -235,6 +236,7 @@ class RecordEncoder:
         rest = _without_oldest_turn(draft) if policy == "cut-prompt" else None
         while rest is not None:
             rest.text = self._text(rest.conversation, rest.turn)
+            rest.cut = cut_exchange(self.encoder, rest.text)
             exchange = self._exchange(rest, seen)
             if len(exchange) <= limit:
                 return replace(rest, exchange=exchange, reason=f"prompt cut: {reason}")
@@ -243,26 +245,20 @@ class RecordEncoder:
 
     def _exchange(self, draft: _Draft, seen: set[int]) -> Exchange:
         text, encoder = draft.text, self.encoder
-        prompt_ids, completion_ids, boundary = encode_seam(encoder, text)
-        weights = np.ones(len(prompt_ids) + len(completion_ids), np.float32)
-        weights[: len(prompt_ids)] = 0.0
+        prompt_ids, completion_ids, boundary = encode_seam(encoder, text, draft.cut)
+        seam = len(prompt_ids)
+        ids = np.array(prompt_ids + completion_ids, np.int32)
+        weights = np.zeros(len(ids), np.float32)
         if draft.turn < len(draft.conversation.messages):
             answer = draft.conversation.messages[draft.turn]
-            weights[len(prompt_ids) :] = 1.0 if answer.weight is None else answer.weight
+            weights[seam:] = 1.0 if answer.weight is None else answer.weight
         spans = [] if text.first_plain else self._weighed_spans(draft, seen)
         if spans:
             places = word_places(encoder, text, boundary)
             for span, weight in spans:
                 weights[_within(places, span)] = weight
         return Exchange(
-            text.prompt,
-            text.completion,
-            np.array(prompt_ids, np.int32),
-            weights[: len(prompt_ids)],
-            np.array(completion_ids, np.int32),
-            weights[len(prompt_ids) :],
-            boundary,
-            draft.label,
+            text.prompt, text.completion, ids[:seam], weights[:seam], ids[seam:], weights[seam:], boundary, draft.label
         )
 
     def _weighed_spans(self, draft: _Draft, seen: set[int]) -> list[tuple[Span, float]]:
@@ -301,25 +297,38 @@ class RecordEncoder:
         return tuple(spelled), rewritten, tuple(notes)
 
 
-def encode_seam(encoder: Encoder, text: TextExchange) -> tuple[list[int], list[int], Boundary]:
+def cut_exchange(encoder: Encoder, text: TextExchange) -> Cut:
+    """The pieces of prompt and exchange; where the completion is a text of its own, of prompt and completion."""
+    if text.first_plain:
+        return Cut([], encoder.cut(text.prompt), encoder.cut(text.completion, _shifted(text)))
+    return encoder.cut_at(len(text.prompt), text.full, text.plain_at)
+
+
+def encode_seam(encoder: Encoder, text: TextExchange, cut: Cut | None = None) -> tuple[list[int], list[int], Boundary]:
     """The ids of prompt and completion, and how the seam between them was proved.
+
+    Args:
+        encoder: What encodes.
+        text: The exchange.
+        cut: What `cut_exchange` makes of it, if that is known.
 
     Raises:
         TemplateError: A token would straddle the seam, and the two parts do not decode to the whole.
     """
-    prompt = encoder.encode(text.prompt, text.plain_at)
+    cut = cut or cut_exchange(encoder, text)
+    both, ahead = encoder.encode_pieces(cut.both), encoder.encode_pieces(cut.beginning)
+    prompt = both + ahead
     if len(text.prompt) == len(text.full):
         return prompt, [], "none"
+    rest = encoder.encode_pieces(cut.whole)
     if text.first_plain:
-        return prompt, encoder.encode(text.completion, _shifted(text)), "special"
-    full = encoder.encode(text.full, text.plain_at)
-    seam = len(text.prompt)
-    if full[: len(prompt)] == prompt:
-        ends = {piece.end for piece in encoder.cut(text.full, text.plain_at)}
-        return prompt, full[len(prompt) :], "special" if seam in ends else "compared"
+        return prompt, rest, "special"
+    if rest[: len(ahead)] == ahead:
+        cuts = any(piece.end == len(text.prompt) for piece in chain(cut.both[-1:], cut.whole))
+        return prompt, rest[len(ahead) :], "special" if cuts else "compared"
     completion = encoder.encode_continuation(text.completion, _shifted(text))
     decoded = encoder.tokenizer.decode(prompt + completion)
-    if decoded != text.full and decoded != encoder.tokenizer.decode(full):
+    if decoded != text.full and decoded != encoder.tokenizer.decode(both + rest):
         raise TemplateError(
             f"a token straddles the end of the prompt ({text.prompt[-20:]!r} + {text.completion[:20]!r}), and the "
             "two encoded apart do not decode to the same text",

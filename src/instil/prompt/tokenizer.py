@@ -19,6 +19,7 @@ import tokenizers
 from numpy.typing import NDArray
 
 from instil.errors import TokenizerError
+from instil.prompt.words import Words, word_pattern
 
 _ANCHOR = "\U0010fffdinstil\U0010fffd"  # cut out of the text like any added token, so what follows is no longer first
 _SPACE = (
@@ -27,8 +28,6 @@ _SPACE = (
 )
 _SPACES = re.compile(f"[{_SPACE}]*")  # what a token with lstrip or rstrip swallows; Python's own strip takes more
 _NO_MODEL = {"type": "BPE", "vocab": {}, "merges": []}
-_MEMO_TOKENS = 2_000_000
-_MEMO_CUTS = 2_000
 _NO_LIMIT = 1e9  # tokenizers that know no limit state an enormous one
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -43,6 +42,14 @@ class Piece(NamedTuple):
     start: int
     end: int
     control: int | None
+
+
+class Cut(NamedTuple):
+    """A text and its beginning up to a seam, both cut into pieces."""
+
+    both: list[Piece]  # how both begin
+    beginning: list[Piece]  # how the beginning goes on
+    whole: list[Piece]  # how the whole text goes on
 
 
 class Tokenizer:
@@ -225,25 +232,19 @@ class Encoder:
         never = {*self.controls.values(), self._plain.token_to_id(_ANCHOR)}
         self._steering = frozenset(never) - {_unknown(state["model"], tokenizer.backend)}
         self._memo: dict[tuple[str, bool], list[int]] = {}
-        self._remembered = 0
-        self._cuts: dict[tuple[str, frozenset[int]], tuple[Piece, ...]] = {}
+        pattern = word_pattern(self._plain, state)
+        self._words = pattern and Words(pattern, self._encode_words, added.keys() - self.controls.keys())
 
-    def cut(self, text: str, plain_at: frozenset[int] = frozenset()) -> tuple[Piece, ...]:
+    def cut(self, text: str, plain_at: frozenset[int] = frozenset(), start: int = 0) -> list[Piece]:
         """The text cut at its control tokens, in order and without gaps.
 
         Args:
             text: What the template rendered.
             plain_at: Where a control token is only spelled, in characters: no cut there.
+            start: Where to begin: the end of a control token.
         """
-        key = text, plain_at
-        if key not in self._cuts:
-            if len(self._cuts) >= _MEMO_CUTS:
-                self._cuts.clear()
-            self._cuts[key] = tuple(self._cut(text, plain_at))
-        return self._cuts[key]
-
-    def _cut(self, text: str, plain_at: frozenset[int]) -> Iterator[Piece]:
-        at, found = 0, self.pattern.search(text)
+        pieces: list[Piece] = []
+        at, found = start, self.pattern.search(text, start)
         while found:
             name, (start, end) = found[0], found.span()
             if start not in plain_at and name in self.controls:
@@ -253,39 +254,60 @@ class Encoder:
                 if right and (spaces := _SPACES.match(text, end)):
                     end = spaces.end()
                 if start > at:
-                    yield Piece(text[at:start], at, start, None)
-                yield Piece(text[start:end], start, end, self.controls[name])
+                    pieces.append(Piece(text[at:start], at, start, None))
+                pieces.append(Piece(text[start:end], start, end, self.controls[name]))
                 at = end
             found = self.pattern.search(text, end)
         if at < len(text):
-            yield Piece(text[at:], at, len(text), None)
+            pieces.append(Piece(text[at:], at, len(text), None))
+        return pieces
+
+    def cut_at(self, seam: int, text: str, plain_at: frozenset[int] = frozenset()) -> Cut:
+        """What `cut` makes of a text and of its beginning up to the seam: cut once, as far as they go together.
+
+        They part at the last control token before the seam: what stands up to there is cut alike in both.
+        """
+        pieces = self.cut(text, plain_at)
+        alike = len(pieces)
+        while alike and (pieces[alike - 1].end > seam or pieces[alike - 1].control is None):
+            alike -= 1
+        start = pieces[alike - 1].end if alike else 0
+        return Cut(pieces[:alike], self.cut(text[:seam], plain_at, start), pieces[alike:])
 
     def remember(self, pieces: Iterable[tuple[str, bool]]) -> None:
-        """Encode plain pieces, given as (text, whether it begins the text), in one batch of the library."""
-        self._cuts.clear()  # those of the texts before
-        if self._remembered > _MEMO_TOKENS:
-            self._memo.clear()
-            self._remembered = 0
-        new = [key for key in dict.fromkeys(map(self._key, pieces)) if key not in self._memo]
+        """Encode plain pieces, given as (text, whether it begins the text), in one batch of the library.
+
+        What was remembered before and is not among them is forgotten.
+        """
+        keys = dict.fromkeys(map(self._key, pieces))
+        self._memo = {key: self._memo[key] for key in keys if key in self._memo}
+        if self._words:
+            texts = [text for text, first in keys if (text, first) not in self._memo]
+            self._memo |= {(text, True): ids for text, ids in self._words.encode(texts).items()}
+        new = [key for key in keys if key not in self._memo]
         encodings = self._plain.encode_batch_fast(
             [text if first else _ANCHOR + text for text, first in new], add_special_tokens=False
         )
         for (text, first), encoding in zip(new, encodings, strict=True):
             ids = encoding.ids if first else encoding.ids[1:]
             self._memo[text, first] = ids if self._steering.isdisjoint(ids) else self._tokens(text, first=first)[0]
-            self._remembered += len(ids)
+
+    def _encode_words(self, words: list[str]) -> Iterator[list[int] | None]:
+        for encoding in self._plain.encode_batch_fast(words, add_special_tokens=False):
+            yield encoding.ids if self._steering.isdisjoint(encoding.ids) else None
 
     def encode_plain(self, text: str, *, first: bool) -> list[int]:
         """The ids of a plain piece. The list is shared: do not change it."""
-        key = self._key((text, first))
-        if key not in self._memo:
-            self.remember([key])
-        return self._memo[key]
+        return self._memo.get(self._key((text, first))) or self._tokens(text, first=first)[0]
 
     def encode(self, text: str, plain_at: frozenset[int] = frozenset()) -> list[int]:
         """The ids of a whole text, cut as `cut` does."""
+        return self.encode_pieces(self.cut(text, plain_at))
+
+    def encode_pieces(self, pieces: Iterable[Piece]) -> list[int]:
+        """The ids of the pieces of a text."""
         ids: list[int] = []
-        for piece in self.cut(text, plain_at):
+        for piece in pieces:
             if piece.control is not None:
                 ids.append(piece.control)
             else:
