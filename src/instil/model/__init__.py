@@ -1,0 +1,1 @@
+"""Load and save models, adapters, attention over token trees, new tokens."""

@@ -1,0 +1,197 @@
+"""A causal language model that reads packed batches: the cross-entropy of every target, exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from instil.model.attention import NAME, Layout, attending
+from instil.packing import PackedBatch
+from instil.packing.tree import Ints
+
+_LOGITS_AT_ONCE = 1 << 28  # the logits held at once, 512 MiB in bf16; beyond, they are computed again going back
+_ROWS_AT_ONCE = 128  # whose logits are worked on in float32 while they are in the processor's cache
+
+
+class TreeModel:
+    """A causal language model and the way it reads packed batches.
+
+    Args:
+        model: A causal language model of transformers, or one of peft around it.
+        bf16: Whether products are computed in bf16 where the weights are float32.
+        one_by_one: Why the model cannot read trees, as `admit` found; "" if it can. Then it reads path after path,
+            through its own attention.
+    """
+
+    def __init__(self, model: nn.Module, *, bf16: bool = False, one_by_one: str | None = None) -> None:
+        from instil.model.admission import admit
+
+        self.model = cast(Any, model)
+        self.base = self.model.get_base_model() if hasattr(model, "get_base_model") else self.model
+        self.bf16 = bf16
+        self.one_by_one = admit(self.base) if one_by_one is None else one_by_one
+        self._regime = _regime(self.base.config)
+        if not self.one_by_one:
+            self.base.set_attn_implementation(NAME)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        found: torch.device = self.base.device
+        return found
+
+    def losses(self, batch: PackedBatch) -> Tensor:
+        """The cross-entropy of every target.
+
+        Args:
+            batch: A packed batch.
+
+        Returns:
+            (S,) float32 at least, in nats, in the order of the batch's targets; gradients flow through it.
+        """
+        losses, places = [], []
+        for part, targets in self._parts(batch):
+            losses.append(self._losses(part))
+            places.append(targets)
+        order = torch.from_numpy(np.argsort(np.concatenate(places))) if len(places) > 1 else None
+        return losses[0] if order is None else torch.cat(losses)[order.to(self.device)]
+
+    def _parts(self, batch: PackedBatch) -> Iterator[tuple[PackedBatch, Ints]]:
+        """What the model reads in one go, and which targets of the batch stand there."""
+        lengths = batch.path_lengths
+        if self.one_by_one:
+            groups = _paths(batch)
+        elif self._regime is None:
+            groups = [np.arange(batch.exchanges)]
+        else:  # a path is rotated otherwise beside a longer one
+            limit, alone = self._regime
+            longer = np.flatnonzero(lengths > limit)
+            groups = [
+                np.flatnonzero(lengths <= limit),
+                *(np.array_split(longer, max(1, len(longer))) if alone else [longer]),
+            ]
+        for group in groups:
+            if len(group) == batch.exchanges:
+                yield batch, np.arange(len(batch.target_ids))
+            elif len(group):
+                yield batch.select(group), np.flatnonzero(np.isin(batch.target_exchange, group))
+
+    def _losses(self, batch: PackedBatch) -> Tensor:
+        device = self.device
+        layout = Layout(batch, device)
+        rows, row_of = np.unique(batch.target_rows, return_inverse=True)  # (R,), (S,)
+        inputs = torch.from_numpy(batch.input_ids).to(device).unsqueeze(0)  # (1, T)
+        at, ids = (torch.from_numpy(each).to(device) for each in (row_of, batch.target_ids))
+        read = {"input_ids": inputs, "position_ids": layout.depth.unsqueeze(0), "use_cache": False}
+        with self._precision():
+            if self.one_by_one:
+                own = self.base(**read).logits[0]  # (T, V)
+                return _cross_entropy(own[torch.from_numpy(rows).to(device)], at, ids)
+            with attending(layout):
+                hidden = self.base.base_model(**read).last_hidden_state[0]  # (T, D)
+            return self._of_rows(hidden[torch.from_numpy(rows).to(device)], at, ids)
+
+    def _of_rows(self, hidden: Tensor, row_of: Tensor, ids: Tensor) -> Tensor:
+        """(S,) the cross-entropy of targets at rows of hidden states, (R, D)."""
+        pieces = -(-hidden.shape[0] * self.base.config.vocab_size // _LOGITS_AT_ONCE)
+        if pieces <= 1:
+            return _cross_entropy(self.logits(hidden), row_of, ids)
+        from torch.utils.checkpoint import checkpoint
+
+        size = -(-hidden.shape[0] // pieces)
+        losses, places = [], []
+        for start in range(0, hidden.shape[0], size):
+            at = ((row_of >= start) & (row_of < start + size)).nonzero()[:, 0]
+            piece = hidden[start : start + size]
+
+            def of_piece(piece: Tensor, rows: Tensor, ids: Tensor) -> Tensor:
+                return _cross_entropy(self.logits(piece), rows, ids)
+
+            losses.append(checkpoint(of_piece, piece, row_of[at] - start, ids[at], use_reentrant=False))
+            places.append(at)
+        return torch.cat(losses)[torch.cat(places).argsort()]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The logits of hidden states.
+
+        Args:
+            hidden: (R, D), after the last norm.
+
+        Returns:
+            (R, V), soft-capped and scaled as the model does.
+        """
+        config = self.base.config
+        with torch.profiler.record_function("instil::head"):
+            logits: Tensor = self.base.get_output_embeddings()(hidden)
+            logits = (
+                logits
+                * (getattr(config, "logit_scale", None) or 1.0)
+                / (getattr(config, "logits_scaling", None) or 1.0)
+            )
+            cap = getattr(config, "final_logit_softcapping", None)
+            return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
+
+
+def _cross_entropy(logits: Tensor, row_of: Tensor, ids: Tensor) -> Tensor:
+    found: Tensor = _CrossEntropy.apply(logits, row_of, ids)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Cross-entropy of targets, of which one row may have several, from logits in any precision.
+
+    As `F.cross_entropy` in float32, but what is held besides the logits is a few rows at a time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, row_of: Tensor, ids: Tensor) -> Tensor:
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        lse = torch.cat([piece.to(wide).logsumexp(-1) for piece in torch.split(logits, _ROWS_AT_ONCE)])  # (R,)
+        ctx.save_for_backward(logits, lse, row_of, ids)
+        return lse[row_of] - logits[row_of, ids].to(wide)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        logits, lse, row_of, ids = ctx.saved_tensors
+        of_row = torch.zeros_like(lse).index_add_(0, row_of, grads[0])  # (R,): a row's targets share its softmax
+        pieces = []
+        for at in range(0, len(lse), _ROWS_AT_ONCE):
+            rows = slice(at, at + _ROWS_AT_ONCE)
+            grad = logits[rows].to(lse.dtype).sub_(lse[rows, None]).exp_().mul_(of_row[rows, None])  # (R', V)
+            here = ((row_of >= at) & (row_of < at + _ROWS_AT_ONCE)).nonzero()[:, 0]
+            grad.index_put_((row_of[here] - at, ids[here]), -grads[0][here], accumulate=True)
+            pieces.append(grad.to(logits.dtype))
+        return torch.cat(pieces), None, None
+
+
+def _paths(batch: PackedBatch) -> list[Ints]:
+    """The exchanges of a forest, those on one path together."""
+    ends = batch.target_rows[batch.last_targets]  # (E,)
+    left = np.argsort(-ends, kind="stable")
+    groups = []
+    while len(left):
+        on_path = np.isin(ends[left], batch.path(int(ends[left[0]])))
+        groups.append(np.sort(left[on_path]))
+        left = left[~on_path]
+    return groups
+
+
+def _regime(config: Any) -> tuple[int, bool] | None:
+    """The length beyond which a model rotates positions otherwise, and whether that depends on the length itself."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kind = rope.get("rope_type", rope.get("type"))
+    longest = getattr(config, "max_position_embeddings", None)
+    if kind == "longrope":
+        original: Any = rope.get("original_max_position_embeddings") or getattr(
+            config, "original_max_position_embeddings", longest
+        )
+        return int(original), False
+    return (int(longest), True) if kind == "dynamic" and longest else None

@@ -1,0 +1,101 @@
+"""What a run tells those who watch it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """Everything a run does by configuration or by counts, settled before the first step.
+
+    Args:
+        steps: The optimizer steps to come.
+        epochs: The epochs that they make, in whole or in part.
+        tokens_per_step: Tokens of the rows of a step, as if nothing were shared.
+        settings: All else by name, as plain JSON values: `learning_rate`, `warmup_steps`, `share_prefixes`,
+            `precision`, `compile`, `attention`, `trained_parameters`, …
+    """
+
+    steps: int
+    epochs: float
+    tokens_per_step: int
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One optimizer step: a line of `metrics.jsonl`.
+
+    Args:
+        step: Counted from 1.
+        loss: Mean cross-entropy of the trained tokens, weighted, in nats.
+        learning_rate: What the step was taken with.
+        grad_norm: Of the whole gradient, before it was scaled down.
+        tokens: The step's tokens, each shared one once.
+        trained_tokens: The targets of weight above 0.
+        tokens_per_second: `tokens` by the time the step took.
+        seconds: Since training began.
+    """
+
+    step: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    trained_tokens: int
+    tokens_per_second: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """The loss on held-out rows after a step.
+
+    Args:
+        step: The step it was measured after; 0 before the first.
+        eval_loss: Mean cross-entropy of the held-out targets, weighted, in nats.
+        best: Whether it is the lowest so far.
+        seconds: Since training began.
+    """
+
+    step: int
+    eval_loss: float
+    best: bool
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended.
+
+    Args:
+        steps: Those taken.
+        history: Every step.
+        evaluations: Every evaluation.
+        best_step: The step whose weights the model has now; None if it has those of the last.
+        stopped_early: Whether patience ran out.
+        seconds: Of training, evaluations included.
+    """
+
+    steps: int
+    history: list[Step] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+    best_step: int | None = None
+    stopped_early: bool = False
+    seconds: float = 0.0
+
+
+class Watcher(Protocol):
+    """Is told of a run as it goes."""
+
+    def started(self, resolved: Resolved) -> None:
+        """Before the first step."""
+
+    def stepped(self, step: Step) -> None:
+        """After each optimizer step."""
+
+    def evaluated(self, evaluation: Evaluation) -> None:
+        """After each evaluation."""

@@ -1,0 +1,121 @@
+"""The file of a run's measurements: one JSON object a line, written as they come."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from instil.errors import UsageError
+from instil.training.events import Evaluation, Resolved, Step
+
+_STEP = tuple(field.name for field in fields(Step))
+_EVALUATION = tuple(field.name for field in fields(Evaluation))
+
+
+class MetricsFile:
+    """A watcher that appends each step and each evaluation to a file, a line at a time.
+
+    A line is on disk before the next step begins. What is no finite number is written as null, so that every line is
+    strict JSON. `with` closes it.
+
+    Args:
+        path: The file; what it holds already stays.
+
+    Raises:
+        UsageError: The file cannot be written.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            self._file = self.path.open("a", encoding="utf-8", newline="\n")
+        except OSError as error:
+            raise UsageError(
+                f"{path}: metrics cannot be written there: {error.strerror}", "Name a file in a folder that takes it."
+            ) from error
+
+    def started(self, resolved: Resolved) -> None:
+        """Nothing is written: what was resolved stands in `instil.json`."""
+
+    def stepped(self, step: Step) -> None:
+        """Append a step."""
+        self._write(step)
+
+    def evaluated(self, evaluation: Evaluation) -> None:
+        """Append an evaluation."""
+        self._write(evaluation)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def __enter__(self) -> MetricsFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _write(self, event: Step | Evaluation) -> None:
+        self._file.write(to_line(event))
+        self._file.flush()
+
+
+def to_line(event: Step | Evaluation) -> str:
+    """One event as a line of strict JSON."""
+    return json.dumps({name: _finite(value) for name, value in asdict(event).items()}, allow_nan=False) + "\n"
+
+
+def write_metrics(path: Path, steps: Iterable[Step], evaluations: Iterable[Evaluation]) -> None:
+    """Write a whole run at once, each evaluation behind the step it was measured after."""
+    events: list[Step | Evaluation] = [*steps, *evaluations]
+    events.sort(key=lambda event: (event.step, isinstance(event, Evaluation)))
+    path.write_text("".join(map(to_line, events)), encoding="utf-8", newline="\n")
+
+
+def read_metrics(path: str | Path) -> tuple[list[Step], list[Evaluation]]:
+    """The steps and the evaluations of a `metrics.jsonl`; what was no finite number comes back as NaN.
+
+    A last line that breaks off, as a killed run may leave it, is left out.
+
+    Raises:
+        UsageError: The file cannot be read, or a line is none of a run's.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"{path}: metrics cannot be read: {reason}", "Name the metrics.jsonl of a run.") from error
+    steps: list[Step] = []
+    evaluations: list[Evaluation] = []
+    for number, line in enumerate(lines[:-1], 1):
+        values = _object(line)
+        if values is not None and tuple(values) == _STEP:
+            steps.append(Step(**_numbers(values)))
+        elif values is not None and tuple(values) == _EVALUATION:
+            evaluations.append(Evaluation(**_numbers(values)))
+        else:
+            raise UsageError(f"{path}:{number}: no step and no evaluation: {line[:80]}", "Mend or leave out the line.")
+    return steps, evaluations
+
+
+def _object(line: str) -> dict[str, Any] | None:
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def _numbers(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: math.nan if value is None else value for name, value in values.items()}
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

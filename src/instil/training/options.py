@@ -1,0 +1,67 @@
+"""What a person chooses about training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class TrainOptions(BaseModel):
+    """How the model is trained: the size of a step, the optimizer, the schedule, when to evaluate and to stop."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tokens_per_step: int | None = Field(
+        default=None,
+        ge=2,
+        description="Tokens of the rows that an optimizer step trains, counted as if nothing were shared; "
+        "32 steps an epoch, but no less than 2,048 and no more than 65,536.",
+    )
+    epochs: float = Field(default=3.0, gt=0.0, allow_inf_nan=False, description="Times that each row is trained.")
+    max_steps: int | None = Field(default=None, ge=1, description="Optimizer steps, in place of epochs.")
+    learning_rate: float | None = Field(
+        default=None, gt=0.0, allow_inf_nan=False, description="At its highest; 2e-5 in full and 2e-4 with LoRA."
+    )
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="How the learning rate falls after the warm-up: to 0, or not at all."
+    )
+    warmup: float = Field(
+        default=0.03, ge=0.0, lt=1.0, description="Part of the steps in which the learning rate rises from 0."
+    )
+    weight_decay: float = Field(
+        default=0.0, ge=0.0, allow_inf_nan=False, description="Of matrices; never of norms, biases and embeddings."
+    )
+    max_grad_norm: float | None = Field(
+        default=1.0, gt=0.0, allow_inf_nan=False, description="The gradient is scaled down to this norm."
+    )
+    eval_data: list[str] = Field(
+        default_factory=list, description="Files of held-out rows that the loss is measured on."
+    )
+    eval_fraction: float = Field(
+        default=0.0,
+        ge=0.0,
+        lt=1.0,
+        description="Part of the rows that is held out instead; rows alike fall on one side.",
+    )
+    eval_every: int | None = Field(
+        default=None, ge=1, description="Steps from one evaluation to the next; ten times in all, and at the end."
+    )
+    patience: int | None = Field(
+        default=None, ge=1, description="Evaluations without a better loss after which training stops."
+    )
+    activation_checkpointing: Literal["auto", "on", "off"] = Field(
+        default="auto", description="Whether activations are computed again in place of kept: when memory asks."
+    )
+    compile: Literal["auto", "on", "off"] = Field(
+        default="auto", description="Whether layers are compiled; auto: in runs long enough to gain by it."
+    )
+
+
+class OutputOptions(BaseModel):
+    """Where the tuned model goes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    output: Path | None = Field(default=None, description="Folder that takes the tuned model; it must not exist yet.")
