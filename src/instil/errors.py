@@ -5,7 +5,8 @@ InstilError             anything below; the command prints it without a tracebac
 ├── DataError           rows that cannot be read or used; carries all of them
 ├── TokenizerError      a tokenizer that cannot be loaded or lacks what is needed
 ├── TemplateError       a chat template, or a conversation it does not fit
-└── PackingError        rows that fit no batch
+├── PackingError        rows that fit no batch
+└── TrainingError       a run that cannot be started or carried on
 """
 
 from __future__ import annotations
@@ -48,6 +49,10 @@ class TemplateError(InstilError):
 
 class PackingError(InstilError):
     """Rows that fit no batch."""
+
+
+class TrainingError(InstilError):
+    """A run that cannot be started or carried on."""
 
 
 @dataclass(frozen=True, slots=True)

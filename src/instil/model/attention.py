@@ -50,7 +50,6 @@ class Layout:
         self.longest = batch.longest
         self.depth = torch.from_numpy(batch.position_ids).to(device)  # (T,)
         self.subtree_end = torch.from_numpy(ends).to(device)  # (T,)
-        self.seen = False  # whether a layer attended by it
 
     @cached_property
     def paths(self) -> list[Tensor]:
@@ -71,21 +70,22 @@ class Layout:
         return torch.tensor(ends, dtype=torch.int32, device=self.depth.device)
 
 
-_active: ContextVar[Layout | None] = ContextVar("layout", default=None)
+_reading: ContextVar[bool] = ContextVar("reading", default=False)
 unknown_arguments: set[str] = set()
 """What models handed to the attention function that it does not know: they are not admitted."""
 
 
 @contextmanager
-def attending(layout: Layout) -> Iterator[None]:
-    """While a model runs over a packed batch: it makes no masks of its own."""
-    token = _active.set(layout)
+def without_masks() -> Iterator[None]:
+    """While a model runs over a packed batch, it makes no masks of its own."""
+    token = _reading.set(True)
     try:
         yield
     finally:
-        _active.reset(token)
+        _reading.reset(token)
 
 
+@torch.compiler.disable
 def attend(
     module: torch.nn.Module,
     query: Tensor,
@@ -98,6 +98,7 @@ def attend(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    layout: Layout | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """The attention function of transformers' interface.
@@ -113,19 +114,19 @@ def attend(
         sliding_window: Tokens of the same path that a token sees, itself included.
         softcap: Scores are squashed to this size by a tanh.
         s_aux: (H,) a score for each head that takes part in the softmax and stands for no token.
+        layout: Of the packed batch, as the model was called with it; without one, this is transformers' own `sdpa`.
         others: What else the model hands on.
 
     Returns:
         (1, T, H, E), and None for the weights, which are not kept.
     """
-    layout = _active.get()
     if layout is None:
         more = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window, **others}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **more)
-    layout.seen = True
     unknown_arguments.update(name for name, value in others.items() if name not in _IGNORED and value is not None)
     if attention_mask is not None:
         unknown_arguments.add("attention_mask")
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotation leaves them in float32
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = sliding_window if sliding_window is not None and sliding_window < layout.longest else None
     kernels = not dropout and s_aux is None and query.shape[-1] == value.shape[-1]
@@ -137,7 +138,7 @@ def attend(
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    return None if _active.get() is not None else sdpa_mask(*args, **kwargs)
+    return None if _reading.get() else sdpa_mask(*args, **kwargs)
 
 
 AttentionInterface.register(NAME, attend)

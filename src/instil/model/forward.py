@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from instil.model.attention import NAME, Layout, attending
+from instil.model.attention import NAME, Layout, without_masks
 from instil.packing import PackedBatch
 from instil.packing.tree import Ints
 
@@ -92,8 +92,8 @@ class TreeModel:
             if self.one_by_one:
                 own = self.base(**read).logits[0]  # (T, V)
                 return _cross_entropy(own[torch.from_numpy(rows).to(device)], at, ids)
-            with attending(layout):
-                hidden = self.base.base_model(**read).last_hidden_state[0]  # (T, D)
+            with without_masks():
+                hidden = self.base.base_model(**read, layout=layout).last_hidden_state[0]  # (T, D)
             return self._of_rows(hidden[torch.from_numpy(rows).to(device)], at, ids)
 
     def _of_rows(self, hidden: Tensor, row_of: Tensor, ids: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Packed batch and model to loss."""

@@ -1,0 +1,1 @@
+"""The only loop: from token trees and a model to a tuned model."""

@@ -1,0 +1,48 @@
+"""AdamW and the learning rate of each step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+BETAS = (0.9, 0.999)
+EPSILON = 1e-8
+
+
+def adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW over what is trained; matrices decay, norms, biases and embeddings do not.
+
+    Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2019.
+    """
+    embeddings = {id(each.weight) for each in model.modules() if isinstance(each, nn.Embedding)}
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            groups[parameter.ndim > 1 and id(parameter) not in embeddings].append(parameter)
+    decay: list[dict[str, Any]] = [
+        {"params": groups[decays], "weight_decay": weight_decay if decays else 0.0}
+        for decays in (True, False)
+        if groups[decays]
+    ]
+    return torch.optim.AdamW(decay, lr=learning_rate, betas=BETAS, eps=EPSILON, fused=True)
+
+
+def learning_rate(
+    step: int, steps: int, warmup_steps: int, peak: float, schedule: Literal["cosine", "linear", "constant"]
+) -> float:
+    """The learning rate of a step.
+
+    Args:
+        step: Counted from 1.
+        steps: All of them.
+        warmup_steps: Those in which it rises, evenly, from 0 to `peak`.
+        peak: The highest.
+        schedule: How it goes on: towards 0, which it would reach one step after the last, or not at all.
+    """
+    if step <= warmup_steps:
+        return peak * step / (warmup_steps + 1)
+    done = (step - 1 - warmup_steps) / max(1, steps - warmup_steps)  # in [0, 1)
+    return peak * {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}[schedule]

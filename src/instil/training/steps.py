@@ -1,0 +1,110 @@
+"""Which rows each optimizer step trains: cut by their tokens as if nothing were shared, so sharing changes no step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from instil.packing import PackedBatch, TokenTree, deal, pack, plan
+from instil.packing.packs import Sharing
+from instil.packing.tree import Ints
+
+_STEPS_AN_EPOCH = 32
+_LEAST_TOKENS, _MOST_TOKENS = 2_048, 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """The optimizer steps of a run over some rows.
+
+    Args:
+        trees: One for each row.
+        tokens_per_step: The most tokens of a step's rows, as if nothing were shared (a longer row is a step alone).
+        tokens_per_batch: The most tokens of a micro-batch, each shared one once.
+        share_prefixes: Whether rows that begin alike share their prefix.
+        reason: What that was resolved from.
+        seed: Decides the order.
+        per_epoch: The steps of an epoch.
+    """
+
+    trees: Sequence[TokenTree]
+    tokens_per_step: int
+    tokens_per_batch: int
+    share_prefixes: Literal["on", "off"]
+    reason: str
+    seed: int
+    per_epoch: int
+
+    @classmethod
+    def of(
+        cls,
+        trees: Sequence[TokenTree],
+        tokens_per_step: int | None,
+        tokens_per_batch: int,
+        share_prefixes: Sharing,
+        seed: int,
+    ) -> Steps:
+        """Resolve what is left open from the counts of the rows."""
+        report = plan(trees, tokens_per_batch, seed=seed, share_prefixes=share_prefixes).report
+        size = tokens_per_step or min(max(report.unshared // _STEPS_AN_EPOCH, _LEAST_TOKENS), _MOST_TOKENS)
+        order = deal(trees, tokens_per_batch, seed=seed)
+        count = _count(_ends(trees, order), size)
+        return cls(trees, size, tokens_per_batch, report.share_prefixes, report.reason, seed, count)
+
+    def rows(self, epoch: int) -> list[Ints]:
+        """The rows of each step of an epoch, all of them once."""
+        order = deal(self.trees, self.tokens_per_batch, seed=self.seed, epoch=epoch)
+        return np.split(order, _cuts(_ends(self.trees, order), self.per_epoch))
+
+    def batches(self, rows: Ints, number: int) -> Sequence[PackedBatch]:
+        """The micro-batches of one step.
+
+        Args:
+            rows: The step's rows.
+            number: The step's, which with the seed decides how they are packed.
+        """
+        return pack(
+            self.trees,
+            self.tokens_per_batch,
+            seed=self.seed,
+            epoch=number,
+            share_prefixes=self.share_prefixes,
+            records=rows,
+        )
+
+    def __iter__(self) -> Iterator[Sequence[PackedBatch]]:
+        """The micro-batches of step after step, epoch after epoch, without end."""
+        number = epoch = 0
+        while True:
+            for rows in self.rows(epoch):
+                yield self.batches(rows, number)
+                number += 1
+            epoch += 1
+
+
+def _ends(trees: Sequence[TokenTree], order: Ints) -> Ints:
+    """(N,) the tokens of the rows up to and including each, in an order, as if nothing were shared."""
+    stored = getattr(trees, "unshared", None)
+    sizes = np.array([tree.unshared for tree in trees], np.int64) if stored is None else stored
+    return np.cumsum(sizes[order], dtype=np.int64)
+
+
+def _count(ends: Ints, size: int) -> int:
+    """The fewest equal steps of which none is larger than `size`; a little more rather than many more."""
+    least = max(1, -(-int(ends[-1]) // size))
+    for count in range(least, least + least // 8 + 2):
+        cuts = [0, *_cuts(ends, count), len(ends)]
+        tokens = np.diff(np.concatenate(([0], ends))[cuts])
+        if tokens.max() <= size:
+            return count
+    return least
+
+
+def _cuts(ends: Ints, count: int) -> Ints:
+    """(count - 1,) where rows are cut into `count` parts of about as many tokens, none of them empty."""
+    cuts = np.searchsorted(ends, np.arange(1, count) * (ends[-1] / count), side="right")
+    cuts = np.maximum(cuts, np.arange(1, count))
+    return np.minimum(cuts, len(ends) - np.arange(count - 1, 0, -1))
