@@ -6,6 +6,7 @@ InstilError             anything below; the command prints it without a tracebac
 ├── TokenizerError      a tokenizer that cannot be loaded or lacks what is needed
 ├── TemplateError       a chat template, or a conversation it does not fit
 ├── PackingError        rows that fit no batch
+├── ModelError          a model or an adapter that cannot be loaded, tuned or saved
 └── TrainingError       a run that cannot be started or carried on
 """
 
@@ -49,6 +50,10 @@ class TemplateError(InstilError):
 
 class PackingError(InstilError):
     """Rows that fit no batch."""
+
+
+class ModelError(InstilError):
+    """A model or an adapter that cannot be loaded, tuned or saved."""
 
 
 class TrainingError(InstilError):

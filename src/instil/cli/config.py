@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,19 @@ def load(file: str, known: Collection[str]) -> dict[str, Any]:
     by_flag = {_flag(key): value for key, value in settings.items()}
     if len(by_flag) < len(settings):
         raise UsageError(f"--config {file}: a setting is written twice, with - and with _", "Leave one out.")
+    if isinstance(arguments := by_flag.get("template-args"), dict):
+        by_flag["template-args"] = json.dumps({name: _as_text(value) for name, value in arguments.items()}, default=str)
     return by_flag
+
+
+def _as_text(value: Any) -> Any:
+    """The value as the flag takes it, which reads text as YAML: a text that YAML reads otherwise stands in quotes."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return value if yaml.safe_load(value) == value else json.dumps(value, ensure_ascii=False)
+    except yaml.YAMLError:
+        return json.dumps(value, ensure_ascii=False)
 
 
 def _flag(key: str) -> str:

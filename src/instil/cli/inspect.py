@@ -108,7 +108,7 @@ def inspect(*, options: Annotated[InspectOptions, Parameter(name="*")]) -> None:
 
 
 def _prompt_options(options: InspectOptions) -> PromptOptions:
-    return PromptOptions(**{name: getattr(options, name) for name in PromptOptions.model_fields})
+    return PromptOptions.model_construct(**{name: getattr(options, name) for name in PromptOptions.model_fields})
 
 
 def _summarize(records: Records, options: InspectOptions) -> None:

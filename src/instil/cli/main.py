@@ -31,12 +31,19 @@ app = App(
         show_default=lambda value: None if value in (None, {}, []) else str(value),
     ),
 )
-app.command("instil.cli.inspect:inspect", name="inspect")
-app.command("instil.cli.templates:templates", name="templates")
-app.command("instil.cli.quickstart:quickstart", name="quickstart")
+_COMMANDS = {
+    "inspect": "Show the tokens of rows with what is trained marked, or count over the whole data set.",
+    "train": "Tune a model on data.",
+    "templates": "List the built-in chat templates, or show one rendered.",
+    "quickstart": "Show what would be trained on the bundled sample data.",
+}
+for _name, _help in _COMMANDS.items():  # said here, so that `instil --help` need not load the commands
+    app.command(f"instil.cli.{_name}:{_name}", name=_name, help=_help)
 
-_COMMANDS = ("inspect", "templates", "quickstart")
-_REMEDIES = {"data": "Name a file, a folder, a glob, - for standard input, or hf://owner/name."}
+REMEDIES = {"data": "Name a file, a folder, a glob, - for standard input, or hf://owner/name."}
+"""What to do where a setting that must be given is missing."""
+
+_TAKE_DATA = ("--data", "--eval-data")
 
 
 class _Ended(KeyboardInterrupt):
@@ -128,11 +135,13 @@ def _with_standard_input(arguments: Sequence[str]) -> list[str]:
         if token != "-":
             tokens.append(token)
             continue
-        if tokens[-1:] == ["--data"]:
+        names = (token.partition("=")[0] for token in reversed(tokens) if token.startswith("--"))
+        flag = next((name for name in names if name in _TAKE_DATA), "--data")
+        if tokens[-1:] == [flag]:
             tokens.pop()
-        tokens.append("--data=-")
+        tokens.append(f"{flag}=-")
         if at + 1 < len(arguments) and not arguments[at + 1].startswith("-"):
-            tokens.append("--data")
+            tokens.append(flag)
     return tokens
 
 
@@ -140,7 +149,9 @@ def _check_flags(tokens: Sequence[str]) -> list[str]:
     """Refuse a mistyped flag before anything that it leaves missing; return the names of the command's flags."""
     if not tokens or tokens[0] not in _COMMANDS:
         return []
-    flags = app[tokens[0]].assemble_argument_collection()
+    command = app[tokens[0]]
+    command.help = None  # now that it is loaded, its docstring says more
+    flags = command.assemble_argument_collection()
     shown = [name for flag in flags for name in flag.names if name.startswith("--") and name != "--empty-data"]
     for token in tokens:
         if token == "--":
@@ -168,7 +179,7 @@ def _reason(each: Any) -> str:
     name = str(each["loc"][0]) if each["loc"] else ""
     flag, kind, given = name.replace("_", "-").removeprefix("as-"), each["type"], each.get("ctx", {})
     if kind == "missing":
-        return f"--{flag}: is missing" + (f"\n  {_REMEDIES[name]}" if name in _REMEDIES else "")
+        return f"--{flag}: is missing" + (f"\n  {REMEDIES[name]}" if name in REMEDIES else "")
     value = each["input"] if isinstance(each["input"], str) and each["input"] else repr(each["input"])
     said = each["msg"]
     if kind == "value_error":
@@ -185,6 +196,10 @@ def _reason(each: Any) -> str:
         said = "must be a finite number"
     elif kind == "greater_than_equal":
         said = f"must be {given['ge']:g} or more"
+    elif kind == "less_than_equal":
+        said = f"must be {given['le']:g} or less"
+    elif kind in ("greater_than", "less_than"):
+        said = f"must be more than {given['gt']:g}" if "gt" in given else f"must be less than {given['lt']:g}"
     elif kind == "string_type":
         said = "must be text"
     return f"--{flag} {value}: {said}"

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import logging
 
 from instil.model import attention
+from instil.model.load import quiet
 from instil.packing import TokenTree, merge
 from instil.prompt.exchange import Exchange
 
@@ -24,7 +23,17 @@ _WINDOW = 4
 _SHORTENED = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
-def admit(model: nn.Module) -> str:
+class Reader(Protocol):
+    """What reads packed batches with a model: a `TreeModel`."""
+
+    def losses(self, batch: TokenTree) -> Tensor:
+        """(S,) the cross-entropy of every target."""
+
+
+Reading = Callable[[nn.Module, str], Reader]
+
+
+def admit(model: nn.Module, reading: Reading) -> str:
     """Why a model cannot read token trees; "" if it is proved that it can.
 
     A model of its class and configuration with few layers, heads and tokens computes in float64 the loss and all
@@ -32,26 +41,27 @@ def admit(model: nn.Module) -> str:
 
     Args:
         model: A causal language model of transformers.
+        reading: Makes a reader of a model; as trees, or path by path if the text says why.
     """
-    with _quiet():
+    with quiet():
         try:
             tiny = tiny_model(model)
         except Exception as error:  # configurations hold anything
             return f"no small model of its kind could be made to try it on: {_first_line(error)}"
         try:
-            return _compared(tiny)
+            return _compared(tiny, reading)
         except Exception:  # some operations know no float64
             try:
-                return _compared(tiny.float())
+                return _compared(tiny.float(), reading)
             except Exception as error:
                 return f"it fails on a tree: {_first_line(error)}"
 
 
-def _compared(tiny: nn.Module) -> str:
+def _compared(tiny: nn.Module, reading: Reading) -> str:
     forest = _forest()
-    expected = results(tiny, forest, "path by path")
+    expected = results(tiny, reading(tiny, "path by path"), forest)
     attention.unknown_arguments.clear()
-    found = results(tiny, forest, "")
+    found = results(tiny, reading(tiny, ""), forest)
     if attention.unknown_arguments:
         return f"it hands its attention what is not known here: {', '.join(sorted(attention.unknown_arguments))}"
     norms = {name: float(value.norm()) for name, value in expected.items()}
@@ -61,17 +71,6 @@ def _compared(tiny: nn.Module) -> str:
         if not off <= TOLERANCE:
             return f"on a tree its {name} is off by {off:.1e}"
     return ""
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' warnings: token ids of the configuration are beyond a small vocabulary, …"""
-    before = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
 
 
 def tiny_model(model: nn.Module) -> nn.Module:
@@ -136,17 +135,14 @@ def _forest() -> TokenTree:
     return merge([TokenTree.from_exchanges(exchanges)])
 
 
-def results(model: nn.Module, forest: TokenTree, one_by_one: str) -> dict[str, Tensor]:
+def results(model: nn.Module, reader: Reader, forest: TokenTree) -> dict[str, Tensor]:
     """The losses of a forest and the gradients of their sum, by name.
 
     Args:
         model: A causal language model.
-        forest: What it reads.
-        one_by_one: "" to read it as trees; anything else to read it path by path.
+        reader: What reads with it.
+        forest: What is read.
     """
-    from instil.model.forward import TreeModel  # which admits a model by this very proof
-
-    reader = TreeModel(model, one_by_one=one_by_one)
     model.zero_grad()
     losses = reader.losses(forest)
     losses.sum().backward()  # type: ignore[no-untyped-call]

@@ -85,7 +85,7 @@ def without_masks() -> Iterator[None]:
         _reading.reset(token)
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def attend(
     module: torch.nn.Module,
     query: Tensor,
@@ -122,7 +122,8 @@ def attend(
     """
     if layout is None:
         more = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window, **others}
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **more)
+        out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **more)
+        return out, None
     unknown_arguments.update(name for name, value in others.items() if name not in _IGNORED and value is not None)
     if attention_mask is not None:
         unknown_arguments.add("attention_mask")
@@ -133,7 +134,7 @@ def attend(
     if kernels and query.is_cuda:
         return _on_cuda(query, key, value, layout, scale, window, softcap), None
     if kernels and window is None and softcap is None:
-        return _Flash.apply(query, key, value, layout, scale), None
+        return _Flash.apply(query, key, value, layout, scale), None  # type: ignore[no-untyped-call]
     return _by_definition(query, key, value, layout, scale, dropout, window, softcap, s_aux), None
 
 

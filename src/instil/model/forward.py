@@ -10,11 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from instil.model.admission import admit
 from instil.model.attention import NAME, Layout, without_masks
 from instil.packing import PackedBatch
 from instil.packing.tree import Ints
 
-_LOGITS_AT_ONCE = 1 << 28  # the logits held at once, 512 MiB in bf16; beyond, they are computed again going back
+LOGITS_AT_ONCE = 1 << 28
+"""The logits held at once, 512 MiB in bf16; what is beyond is computed again going back."""
+
 _ROWS_AT_ONCE = 128  # whose logits are worked on in float32 while they are in the processor's cache
 
 
@@ -29,12 +32,10 @@ class TreeModel:
     """
 
     def __init__(self, model: nn.Module, *, bf16: bool = False, one_by_one: str | None = None) -> None:
-        from instil.model.admission import admit
-
         self.model = cast(Any, model)
         self.base = self.model.get_base_model() if hasattr(model, "get_base_model") else self.model
         self.bf16 = bf16
-        self.one_by_one = admit(self.base) if one_by_one is None else one_by_one
+        self.one_by_one = admit(self.base, _reading) if one_by_one is None else one_by_one
         self._regime = _regime(self.base.config)
         if not self.one_by_one:
             self.base.set_attn_implementation(NAME)
@@ -98,7 +99,7 @@ class TreeModel:
 
     def _of_rows(self, hidden: Tensor, row_of: Tensor, ids: Tensor) -> Tensor:
         """(S,) the cross-entropy of targets at rows of hidden states, (R, D)."""
-        pieces = -(-hidden.shape[0] * self.base.config.vocab_size // _LOGITS_AT_ONCE)
+        pieces = -(-hidden.shape[0] * self.base.config.vocab_size // LOGITS_AT_ONCE)
         if pieces <= 1:
             return _cross_entropy(self.logits(hidden), row_of, ids)
         from torch.utils.checkpoint import checkpoint
@@ -138,6 +139,10 @@ class TreeModel:
 
     def _precision(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
+
+
+def _reading(model: nn.Module, one_by_one: str) -> TreeModel:
+    return TreeModel(model, one_by_one=one_by_one)
 
 
 def _cross_entropy(logits: Tensor, row_of: Tensor, ids: Tensor) -> Tensor:

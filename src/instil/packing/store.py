@@ -129,6 +129,11 @@ class StoredTrees(Sequence[TokenTree]):
         """(N,) uint64: rows with the same tokens have the same."""
         return self._arrays["hash"]
 
+    @property
+    def labels(self) -> NDArray[np.int8]:
+        """(exchanges,) int8: the place of each exchange's label in LABELS."""
+        return self._arrays["exchange_label"]
+
     def name(self, index: int) -> str:
         """Where the row of a tree stands, as `file:line`."""
         file, line, column = (int(self._arrays[name][index]) for name in ("file", "line", "column"))

@@ -62,10 +62,11 @@ def prompt_options(options: PromptOptions | None = None, **changes: Any) -> Prom
         if name not in PromptOptions.model_fields:
             raise UsageError(f"{name}: there is no such option of prompts", nearest(name, PromptOptions.model_fields))
     try:
-        return PromptOptions(**{**(options.model_dump() if options else {}), **changes})
+        changed = PromptOptions(**changes)
     except ValidationError as error:
         first = error.errors()[0]
         raise UsageError(f"{first['loc'][0]} = {first['input']!r}: {first['msg']}") from error
+    return changed if options is None else options.model_copy(update={name: getattr(changed, name) for name in changes})
 
 
 def longest_exchange(renderer: Renderer, options: PromptOptions, tokens_per_batch: int | None = None) -> int | None:

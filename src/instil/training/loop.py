@@ -6,20 +6,26 @@ import math
 import time
 from collections.abc import Sequence
 from itertools import islice
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from instil.errors import TrainingError
 from instil.model.forward import TreeModel
 from instil.objectives import supervised
 from instil.packing import PackedBatch, TokenTree, pack
 from instil.packing.packs import Sharing
+from instil.packing.tree import Ints
 from instil.training.events import Evaluation, Outcome, Resolved, Step, Watcher
+from instil.training.memory import Memory, estimate, keep_freed_blocks
 from instil.training.optimizer import adamw, learning_rate
 from instil.training.options import TrainOptions
 from instil.training.steps import Steps
+
+WORTH_COMPILING = {"cpu": 1e15, "cuda": 1e17}
+"""Floating-point operations of a run from which compiling its layers, which takes a minute or two, is worth it."""
 
 
 def fit(
@@ -27,12 +33,12 @@ def fit(
     trees: Sequence[TokenTree],
     options: TrainOptions,
     *,
+    rows: Ints | None = None,
     held_out: Sequence[TokenTree] = (),
     tokens_per_batch: int = 8192,
     share_prefixes: Sharing = "auto",
     seed: int = 0,
     watchers: Sequence[Watcher] = (),
-    settings: dict[str, Any] | None = None,
 ) -> Outcome:
     """Train a model on the rows' trees; it has the best weights afterwards, where they were compared.
 
@@ -40,18 +46,19 @@ def fit(
         model: Trained in place: every parameter that requires a gradient.
         trees: One for each row.
         options: How it is trained.
+        rows: (N,) the indices of the rows that are trained; None for all.
         held_out: Rows that the loss is measured on.
         tokens_per_batch: The most tokens of a micro-batch.
         share_prefixes: Whether rows that begin alike share their prefix.
         seed: Decides the order of the rows and dropout.
         watchers: Are told of every step and evaluation.
-        settings: What else was resolved, for the watchers.
 
     Raises:
         TrainingError: There is nothing to train, or the loss is no number.
     """
-    steps = Steps.of(trees, options.tokens_per_step, tokens_per_batch, share_prefixes, seed)
-    resolved = resolve(model, steps, options, settings or {})
+    steps = Steps.of(trees, options.tokens_per_step, tokens_per_batch, share_prefixes, seed, rows)
+    resolved = resolve(model, steps, options)
+    _prepare(model, resolved)
     run = _Run(model, resolved, options, watchers)
     for watcher in watchers:
         watcher.started(resolved)
@@ -64,22 +71,69 @@ def fit(
     return evaluations.finish()
 
 
-def resolve(model: TreeModel, steps: Steps, options: TrainOptions, settings: dict[str, Any]) -> Resolved:
-    """Settle what is left to the counts."""
+def resolve(model: TreeModel, steps: Steps, options: TrainOptions) -> Resolved:
+    """Settle what is left to the counts.
+
+    Raises:
+        TrainingError: The run does not fit into memory.
+    """
     count = options.max_steps or max(1, round(options.epochs * steps.per_epoch))
     lora = hasattr(model.model, "peft_config")
-    chosen = {
+    trained, parameters = (sum(each.numel() for each in group) for group in (_trained(model), model.model.parameters()))
+    checkpointing, memory = _memory(model, steps.tokens_per_batch, options.activation_checkpointing)
+    work = 6 * parameters * count * steps.tokens_per_step  # multiplications and additions, roughly
+    settings = {
         "learning_rate": options.learning_rate or (2e-4 if lora else 2e-5),
         "schedule": options.schedule,
         "warmup_steps": round(options.warmup * count),
+        "weight_decay": options.weight_decay,
+        "max_grad_norm": options.max_grad_norm,
         "tokens_per_batch": steps.tokens_per_batch,
         "share_prefixes": steps.share_prefixes,
         "share_prefixes_reason": steps.reason,
+        "trained_parameters": trained,
+        "parameters": parameters,
         "attention": "token trees" if not model.one_by_one else f"one path at a time: {model.one_by_one}",
         "precision": "bf16" if model.bf16 else "fp32",
+        "activation_checkpointing": checkpointing,
+        "compile": options.compile == "on" or (options.compile == "auto" and work > WORTH_COMPILING[model.device.type]),
         "eval_every": options.eval_every or max(1, count // 10),
+        "memory": str(memory),
     }
-    return Resolved(count, count / steps.per_epoch, steps.tokens_per_step, {**chosen, **settings})
+    return Resolved(count, count / steps.per_epoch, steps.tokens_per_step, settings)
+
+
+def _memory(model: TreeModel, tokens: int, chosen: Literal["auto", "on", "off"]) -> tuple[bool, Memory]:
+    """Whether activations are computed again, and the memory that takes."""
+    memory = estimate(model, tokens, checkpointing=chosen == "on")
+    if memory.needed <= memory.available:
+        return chosen == "on", memory
+    with_checkpointing = estimate(model, tokens, checkpointing=True)
+    if chosen == "auto" and with_checkpointing.needed <= memory.available:
+        return True, with_checkpointing
+    lower = tokens
+    while lower > 256 and estimate(model, lower, checkpointing=True).needed > memory.available:
+        lower //= 2
+    fits = estimate(model, lower, checkpointing=True).needed <= memory.available
+    remedy = (
+        f"--tokens-per-batch {lower} --activation-checkpointing on" if fits else "--adapter lora, or a smaller model"
+    )
+    raise TrainingError(f"the run does not fit into memory: {memory}", f"It would fit with {remedy}.")
+
+
+def _prepare(model: TreeModel, resolved: Resolved) -> None:
+    if model.device.type == "cpu":
+        keep_freed_blocks()
+    if resolved.settings["activation_checkpointing"]:
+        model.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if resolved.settings["compile"]:
+        for layer in model.base.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.compile(dynamic=True)
+
+
+def _trained(model: TreeModel) -> list[torch.nn.Parameter]:
+    return [each for each in model.model.parameters() if each.requires_grad]
 
 
 class _Run:
@@ -92,7 +146,7 @@ class _Run:
         self.resolved = resolved
         self.options = options
         self.watchers = watchers
-        self.parameters = [each for each in model.model.parameters() if each.requires_grad]
+        self.parameters = _trained(model)
         if not self.parameters:
             raise TrainingError("the model has no parameter that is trained", "Train in full, or with --adapter lora.")
         self.optimizer = adamw(model.model, resolved.settings["learning_rate"], options.weight_decay)
@@ -105,6 +159,8 @@ class _Run:
         model, settings = self.model, self.resolved.settings
         model.model.train()
         weights = sum(map(supervised.weight, batches))  # of the whole step, before its first gradient
+        if not weights:
+            raise TrainingError(f"step {number}: no token has a weight", "Give its rows an answer that is trained.")
         total, tokens, trained = 0.0, 0, 0
         for batch in batches:
             loss = supervised.loss(model, batch) / weights

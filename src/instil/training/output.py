@@ -7,6 +7,8 @@
     instil.json              every option, the data by hash, versions, how the run ended
     metrics.jsonl            every step and evaluation
     README.md, loss.svg      the model card
+
+It is written beside its place and renamed, so that it appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from instil.training.events import Outcome, Resolved
 from instil.training.metrics import write_metrics
 
 _FRESH = "Name a new folder, as in --output tuned."
+_NO_CURVE = "the model card has no loss curve: matplotlib is not installed (pip install matplotlib)"
 _PACKAGES = ("instil", "torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
 _PROBE = "Hello, World! It's 12,345.67 – naïve café, 日本語, Ελληνικά 🙂\n\n\tdef f(x):\n    return x  +  1\n"
 
@@ -124,6 +127,7 @@ def write_output(
     target = Path(os.path.realpath(folder))
     draft = target.with_name(f".{target.name}.{os.getpid()}")
     try:
+        shutil.rmtree(draft, ignore_errors=True)  # of a run that was killed
         draft.mkdir(parents=True)
         save(draft)
         base = _base_model(config)
@@ -157,11 +161,10 @@ def write_output(
             "versions": versions(),
         }
         drawn = draw_loss(draft / "loss.svg", outcome.history, outcome.evaluations)
-        if not drawn:
-            notes.append("there is no loss curve: matplotlib is not installed (pip install matplotlib)")
         card = model_card(_plain(provenance), target.name, example_of(renderer), curve=drawn)
         (draft / "README.md").write_text(card, encoding="utf-8")
         _write_json(draft / "instil.json", provenance)
+        _open_to_others(draft)
         _sync(draft)
     except OSError as error:
         shutil.rmtree(draft, ignore_errors=True)
@@ -170,7 +173,7 @@ def write_output(
         shutil.rmtree(draft, ignore_errors=True)
         raise
     _put(draft, target, folder)
-    return notes
+    return notes if drawn else [*notes, _NO_CURVE]
 
 
 def save_tokenizer(folder: Path, tokenizer: Tokenizer, template: ChatTemplate) -> list[str]:
@@ -210,7 +213,7 @@ def _differences(folder: Path, tokenizer: Tokenizer, template: ChatTemplate) -> 
 
     notes = []
     try:
-        loaded: Any = transformers.AutoTokenizer.from_pretrained(str(folder))
+        loaded: Any = transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
         same = _behaviour(loaded.backend_tokenizer) == _behaviour(tokenizer.backend)
     except Exception as error:
         notes.append(f"AutoTokenizer cannot load this tokenizer: {error}")
@@ -241,7 +244,8 @@ def _save_generation_config(folder: Path, base: str | None, given: Mapping[str, 
     file = folder / "generation_config.json"
     sources = [file, *([Path(base) / file.name] if base else [])]
     found = next((source for source in sources if source.is_file()), None)
-    config = dict(json.loads(found.read_text(encoding="utf-8")) if found else given or {})
+    held = json.loads(found.read_text(encoding="utf-8")) if found else given or {}
+    config = {key: value for key, value in held.items() if value is not None}
     if stops:
         config["eos_token_id"] = stops
     config.pop("_from_model_config", None)  # else transformers would take it for a guess, and make its own
@@ -276,7 +280,8 @@ def versions() -> dict[str, str]:
 
 
 def _base_model(config: BaseModel) -> str | None:
-    return getattr(config, "model", None) or getattr(config, "init", None)
+    base = getattr(config, "model", None) or getattr(config, "init", None)
+    return None if base is None else str(base)
 
 
 def _put(draft: Path, target: Path, folder: str | Path) -> None:
@@ -290,6 +295,14 @@ def _put(draft: Path, target: Path, folder: str | Path) -> None:
         ) from error
     with contextlib.suppress(OSError):
         _sync_one(target.parent)
+
+
+def _open_to_others(folder: Path) -> None:
+    """Let whoever may read the card read all files: safetensors makes its own for the owner alone."""
+    mode = (folder / "README.md").stat().st_mode
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def _sync(folder: Path) -> None:
@@ -329,7 +342,7 @@ def _sha256(path: Path) -> str | None:
 
 def _write_json(path: Path, value: Any) -> None:
     text = json.dumps(_plain(value), ensure_ascii=False, indent=2, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8", errors="surrogateescape")
+    path.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")  # JSON escapes half a pair alike
 
 
 def _plain(value: Any) -> Any:

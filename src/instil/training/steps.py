@@ -28,6 +28,7 @@ class Steps:
         reason: What that was resolved from.
         seed: Decides the order.
         per_epoch: The steps of an epoch.
+        records: (N,) the rows that are trained; None for all.
     """
 
     trees: Sequence[TokenTree]
@@ -37,6 +38,7 @@ class Steps:
     reason: str
     seed: int
     per_epoch: int
+    records: Ints | None = None
 
     @classmethod
     def of(
@@ -46,17 +48,18 @@ class Steps:
         tokens_per_batch: int,
         share_prefixes: Sharing,
         seed: int,
+        records: Ints | None = None,
     ) -> Steps:
         """Resolve what is left open from the counts of the rows."""
-        report = plan(trees, tokens_per_batch, seed=seed, share_prefixes=share_prefixes).report
+        report = plan(trees, tokens_per_batch, seed=seed, share_prefixes=share_prefixes, records=records).report
         size = tokens_per_step or min(max(report.unshared // _STEPS_AN_EPOCH, _LEAST_TOKENS), _MOST_TOKENS)
-        order = deal(trees, tokens_per_batch, seed=seed)
+        order = deal(trees, tokens_per_batch, seed=seed, records=records)
         count = _count(_ends(trees, order), size)
-        return cls(trees, size, tokens_per_batch, report.share_prefixes, report.reason, seed, count)
+        return cls(trees, size, tokens_per_batch, report.share_prefixes, report.reason, seed, count, records)
 
     def rows(self, epoch: int) -> list[Ints]:
         """The rows of each step of an epoch, all of them once."""
-        order = deal(self.trees, self.tokens_per_batch, seed=self.seed, epoch=epoch)
+        order = deal(self.trees, self.tokens_per_batch, seed=self.seed, epoch=epoch, records=self.records)
         return np.split(order, _cuts(_ends(self.trees, order), self.per_epoch))
 
     def batches(self, rows: Ints, number: int) -> Sequence[PackedBatch]:
@@ -106,5 +109,6 @@ def _count(ends: Ints, size: int) -> int:
 def _cuts(ends: Ints, count: int) -> Ints:
     """(count - 1,) where rows are cut into `count` parts of about as many tokens, none of them empty."""
     cuts = np.searchsorted(ends, np.arange(1, count) * (ends[-1] / count), side="right")
-    cuts = np.maximum(cuts, np.arange(1, count))
-    return np.minimum(cuts, len(ends) - np.arange(count - 1, 0, -1))
+    least, most = np.arange(1, count), len(ends) - np.arange(count - 1, 0, -1)
+    found: Ints = np.clip(cuts, least, most)
+    return found

@@ -1,0 +1,135 @@
+"""A run as it goes, on standard error: what was resolved, then a bar in a terminal and lines elsewhere."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from datetime import timedelta
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from instil.training.events import Evaluation, Resolved, Step
+
+_GIB = 1 << 30
+
+
+class Progress:
+    """A watcher that shows a run. `with` ends the bar, however the run ends.
+
+    Args:
+        console: Where to show it; standard error if None.
+        seconds: Time between two lines where there is no terminal.
+    """
+
+    def __init__(self, console: Console | None = None, seconds: float = 10.0) -> None:
+        self._console = console or Console(stderr=True, highlight=False)
+        self._seconds = seconds
+        self._steps = 0
+        self._said_at = 0.0
+        self._eval_loss: float | None = None
+        self._bar: Live | None = None
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def started(self, resolved: Resolved) -> None:
+        """Show what was resolved; begin the bar."""
+        show_resolved(resolved, self._console)
+        self._steps = resolved.steps
+        if self._console.is_terminal:
+            self._bar = Live(self._drawn(0, ""), console=self._console)
+            self._bar.start()
+
+    def stepped(self, step: Step) -> None:
+        """Move the bar on, or say a line if the last one is some time ago."""
+        left = f"{timedelta(seconds=round(step.seconds / step.step * max(0, self._steps - step.step)))} left"
+        if self._bar is not None:
+            self._bar.update(self._drawn(step.step, left, self._said(step)))
+            if step.step == self._steps:
+                self._bar.stop()  # what is written next may show a bar of its own
+        elif step.step in (1, self._steps) or step.seconds - self._said_at >= self._seconds:
+            self._said_at = step.seconds
+            self._print(f"step {step.step:,}/{self._steps:,}  {self._said(step)}  {left}")
+
+    def evaluated(self, evaluation: Evaluation) -> None:
+        """Say the loss on held-out rows."""
+        self._eval_loss = evaluation.eval_loss
+        best = ", the best so far" if evaluation.best else ""
+        self._print(f"step {evaluation.step:,}: held-out loss {evaluation.eval_loss:.4f}{best}")
+
+    def _said(self, step: Step) -> str:
+        trained = step.tokens_per_second * step.trained_tokens / max(1, step.tokens)
+        parts = [
+            f"loss {step.loss:.4f}",
+            f"held out {self._eval_loss:.4f}" if self._eval_loss is not None else "",
+            f"lr {step.learning_rate:.2e}",
+            f"{step.tokens_per_second:,.0f} tokens/s, {trained:,.0f} trained",
+            _memory(),
+        ]
+        return "  ".join(part for part in parts if part)
+
+    def _drawn(self, step: int, left: str, said: str = "") -> Group:
+        """The bar with a line of figures below, so that a narrow terminal holds both."""
+        row = Table.grid(padding=(0, 1))
+        row.add_row(f"{step:,}/{self._steps:,}", ProgressBar(self._steps, step, width=30), left)
+        return Group(row, Text(said))
+
+    def _print(self, line: str) -> None:
+        self._console.print(Text(line), soft_wrap=True)
+
+
+def show_resolved(resolved: Resolved, console: Console) -> None:
+    """Print what a run does as a table of names and values."""
+    values: Mapping[str, Any] = {
+        "steps": resolved.steps,
+        "epochs": resolved.epochs,
+        "tokens_per_step": resolved.tokens_per_step,
+        **resolved.settings,
+    }
+    grid = Table.grid(padding=(0, 2))
+    for name, value in values.items():
+        grid.add_row(Text(name.replace("_", " "), "bold"), Text(_shown(value)))
+    console.print(grid)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_shown(item)}" for name, item in value.items())
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _memory() -> str:
+    """The most memory that the process has held, and the accelerator; "" where the system does not say."""
+    said = []
+    try:
+        import resource
+    except ImportError:  # Windows
+        pass
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        said.append(f"{peak * (1 if sys.platform == 'darwin' else 1024) / _GIB:.1f} GiB")
+    torch: Any = sys.modules.get("torch")  # whoever trains has loaded it; it is not loaded to look
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        said.append(f"{torch.cuda.max_memory_allocated() / _GIB:.1f} GiB on the GPU")
+    return ", ".join(said)

@@ -1,0 +1,132 @@
+"""`instil train`: a base model and data in, a tuned model out."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated, Any
+
+import yaml
+from cyclopts import Parameter
+from pydantic import Field, model_validator
+
+from instil.cli.main import REMEDIES
+from instil.errors import UsageError
+from instil.training.config import TrainConfig, check
+from instil.training.events import Outcome
+
+_INSTEAD = ("dry_run", "print_config", "print_schema")
+Switch = Annotated[bool, Parameter(negative=())]
+
+
+class TrainCommand(TrainConfig):
+    """Everything that `instil train` takes."""
+
+    data: list[str] = Field(default_factory=list, description=TrainConfig.model_fields["data"].description)
+    dry_run: Switch = Field(default=False, description="Say what would be done, step sizes included; train nothing.")
+    print_config: Switch = Field(default=False, description="Print the settings as YAML, which --config takes.")
+    print_schema: Switch = Field(default=False, description="Print the JSON schema of that YAML, for editors.")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> TrainCommand:
+        instead = [f"--{name.replace('_', '-')}" for name in _INSTEAD if getattr(self, name)]
+        if len(instead) > 1:
+            raise UsageError(f"{' and '.join(instead)} exclude each other", "Give one.")
+        if self.print_schema:
+            return self
+        if not self.data:
+            raise UsageError("--data: is missing", REMEDIES["data"])
+        check(self)
+        if self.output is None and not instead:
+            raise UsageError("--output: is missing", "Name the folder that takes the tuned model, which is made.")
+        return self
+
+    def config(self) -> TrainConfig:
+        """The run, without the command's own switches."""
+        values = {name: getattr(self, name) for name in TrainConfig.model_fields}
+        given = self.model_fields_set.difference(_INSTEAD)
+        return TrainConfig.model_construct(_fields_set=given, **values)  # checked already, and read: not twice
+
+
+def train(*, options: Annotated[TrainCommand | None, Parameter(name="*")] = None) -> None:
+    """Tune a model on data; the output folder holds the model, its tokenizer and template, and how it came about.
+
+    Settings may stand in a YAML file as well: --config FILE; flags override it.
+    """
+    options = options or TrainCommand()  # which says what is missing
+    if options.print_schema:
+        sys.stdout.write(json.dumps(schema(), ensure_ascii=False, indent=2) + "\n")
+        return
+    config = options.config()
+    if options.print_config:
+        sys.stdout.write(to_yaml(config))
+        return
+    for remark in config.remarks():
+        sys.stderr.write(f"instil: note: {remark}\n")
+    if options.dry_run:
+        _show(config)
+    else:
+        _train(config)
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """Every setting that has a value, as `--config` takes it."""
+    values = {name: value for name, value in config.model_dump(mode="json").items() if value not in (None, [], {})}
+    return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=10_000))
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of the file that `--config` takes."""
+    made = TrainConfig.model_json_schema()
+    del made["required"]  # flags may give the rest
+    made["description"] = "Settings of `instil train`, by the names of its flags."
+    for setting in made["properties"].values():
+        setting.pop("title", None)
+        if setting.get("type") == "array":
+            setting["type"] = ["array", "string"]  # one may stand without its dash
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **made, "title": "instil train"}
+
+
+def _show(config: TrainConfig) -> None:
+    from rich.console import Console
+
+    from instil.cli.progress import show_resolved
+    from instil.training import resolve
+
+    _hush()
+    show_resolved(resolve(config), Console(highlight=False))
+
+
+def _train(config: TrainConfig) -> None:
+    from instil.cli.progress import Progress
+    from instil.training.output import check_output
+
+    assert config.output is not None
+    check_output(config.output)  # before torch is loaded, which takes its time
+    from instil.training import train as run
+
+    _hush()
+    with Progress() as progress:
+        outcome = run(config, [progress])
+    sys.stderr.write(f"instil: {_summary(outcome)}\ninstil: wrote {config.output}\n")
+
+
+def _hush() -> None:
+    """No bars of transformers where no one watches: each of their states would be a line of its own."""
+    if not sys.stderr.isatty():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+
+
+def _summary(outcome: Outcome) -> str:
+    said = f"{outcome.steps:,} steps in {outcome.seconds:,.0f} seconds"
+    if outcome.history:
+        said += f", loss {outcome.history[0].loss:.4f} to {outcome.history[-1].loss:.4f}"
+    if outcome.evaluations:
+        said += f", held-out loss {outcome.evaluations[0].eval_loss:.4f} to {outcome.evaluations[-1].eval_loss:.4f}"
+    if outcome.stopped_early:
+        said += "; ended early, for the held-out loss fell no more"
+    if outcome.best_step is not None:
+        said += f"; the weights are those of step {outcome.best_step:,}"
+    return said

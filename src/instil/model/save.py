@@ -1,0 +1,125 @@
+"""Save a model or an adapter in the layout of Hugging Face, which transformers and peft load as it is."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from instil.model.adapter import biased_rows
+from instil.model.load import ADAPTER_WEIGHTS, BASE, quiet, vocabulary_layers
+from instil.model.tokens import Growth
+
+_SHARD = "5GB"
+
+
+def save_model(
+    model: nn.Module,
+    folder: Path,
+    *,
+    growth: Growth | None = None,
+    merge: bool = False,
+    dtype: torch.dtype = torch.float32,
+    place: Path | None = None,
+) -> None:
+    """Write a model, or the adapter on it, with its configuration; the model stays as it is.
+
+    An adapter whose base is nowhere else (its vocabulary grew, its weights were random or had an adapter merged into
+    them) has it in `folder/base`. Plain peft takes a relative path as one from the working directory, so the adapter
+    names the absolute one, in `place`; `load_model` looks beside the adapter first, so that for Instil both may be
+    moved. A merged copy or a base takes the memory of the model once more while it is written.
+
+    Args:
+        model: A causal language model of transformers, or a `PeftModel` around one.
+        folder: Where to write; made if need be.
+        growth: What new tokens did to the model, as `reserve_tokens` gave it.
+        merge: Write the model with the adapter merged into it, in place of the adapter.
+        dtype: Of the weights in the files; some that a model holds in float32 in any case stay so.
+        place: Where the folder will stand, if it is to be moved; `folder` otherwise.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    adapted: Any = model
+    if not hasattr(model, "peft_config"):
+        _save_full(adapted, folder, dtype)
+    elif merge:
+        _save_full(copy.deepcopy(adapted).merge_and_unload(), folder, dtype)
+    else:
+        _save_adapter(adapted, folder, growth, dtype, (place or folder).resolve())
+
+
+def _save_full(model: Any, folder: Path, dtype: torch.dtype) -> None:
+    with _as_it_was(model), quiet():
+        model.save_pretrained(folder, state_dict=_cast(model, dtype), max_shard_size=_SHARD)
+        config = copy.deepcopy(model.config)
+        config.dtype = dtype  # save_pretrained writes the one in memory
+        config.save_pretrained(folder)
+
+
+@contextmanager
+def _as_it_was(model: Any) -> Iterator[None]:
+    """Write no generation configuration, which is made elsewhere, and put the configuration back after."""
+    config, model.config = model.config, copy.deepcopy(model.config)
+    model.can_generate = lambda: False
+    try:
+        yield
+    finally:
+        model.config = config
+        del model.can_generate
+
+
+def _cast(model: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights in another precision; tied ones stay one tensor, so that they are written once."""
+    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    done: dict[tuple[int, torch.Size], Tensor] = {}
+    found = {}
+    for name, value in model.state_dict().items():
+        key = value.data_ptr(), value.shape
+        if key not in done:
+            exact = not value.is_floating_point() or kept.intersection(name.split("."))
+            done[key] = value if exact else value.to(dtype)
+        found[name] = done[key]
+    return found
+
+
+def _save_adapter(model: Any, folder: Path, growth: Growth | None, dtype: torch.dtype, place: Path) -> None:
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    base = model.get_base_model()
+    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+    config = copy.deepcopy(model.peft_config[model.active_adapter])
+    config.inference_mode = True
+    config.base_model_name_or_path = _lasting(base.name_or_path)
+    if biased_rows(model):  # peft would lose the bias: the base takes the rows
+        config.trainable_token_indices = None
+        weights = {name: value for name, value in weights.items() if ".token_adapter." not in name}
+    if biased_rows(model) or not base.name_or_path or (growth is not None and growth.grown):
+        _save_full(_base_alone(model), folder / BASE, dtype)
+        config.base_model_name_or_path = str(place / BASE)
+    tensors = {name: value.detach().to(dtype).contiguous() for name, value in weights.items()}
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    config.save_pretrained(str(folder))
+
+
+def _lasting(name: str) -> str:
+    """The name of a base model that holds from any working directory."""
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
+
+
+def _base_alone(model: Any) -> Any:
+    """A copy of the base model without its adapter, but with the trained rows that the adapter cannot hold."""
+    alone = copy.deepcopy(model)
+    if biased_rows(alone):
+        for layer in vocabulary_layers(alone.get_base_model()):
+            cast(Any, layer).token_adapter.merge()
+    return alone.unload()

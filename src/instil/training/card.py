@@ -1,0 +1,258 @@
+"""The model card: what a model was tuned on, how it is prompted, how to use it, how training went."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from instil.conversation import Conversation, Message
+from instil.errors import TemplateError
+from instil.prompt import Renderer
+from instil.training.events import Evaluation, Step
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_QUESTION = Message("user", "Name the capital of Peru.")
+_GAP = Message("user", fields={"prefix": "def add(a, b):\n    return ", "suffix": "\n"})
+_ANSWERS = (_QUESTION, Message("assistant", "Lima.")), (_GAP, Message("assistant", "a + b"))
+
+_ELSEWHERE = ("data", "eval_data", "output", "model", "init", "tokenizer", "rejects", "cache", "cache_dir", "workers")
+_OF_LORA = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "rslora", "dora")
+
+_USE_MODEL = """\
+from transformers import AutoModelForCausalLM, {tokenizer_class}
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+"""
+_USE_ADAPTER = """\
+from peft import AutoPeftModelForCausalLM
+from transformers import {tokenizer_class}, GenerationConfig
+
+model = AutoPeftModelForCausalLM.from_pretrained("{name}")
+model.generation_config = GenerationConfig.from_pretrained("{name}")
+"""
+_USE = """\
+tokenizer = {tokenizer_class}.from_pretrained("{name}")
+messages = {messages}
+inputs = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"{arguments}
+)
+output = model.generate(**inputs, max_new_tokens=256)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One exchange that shows how a model is prompted.
+
+    Args:
+        messages: The prompt's messages, as the template takes them.
+        prompt: Their rendering, up to where the model answers.
+        completion: An answer, up to and including the stop token.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    prompt: str
+    completion: str
+
+
+def example_of(renderer: Renderer) -> Example | None:
+    """An exchange as this renderer makes it, of no one's data; None if the template takes none of ours."""
+    for messages in _ANSWERS:
+        try:
+            exchange = renderer.exchange(Conversation(messages), 1)
+        except TemplateError:
+            continue
+        asked, _ = renderer.wire(Conversation(messages[:1]))
+        return Example(asked, exchange.prompt, exchange.completion)
+    return None
+
+
+def model_card(provenance: Mapping[str, Any], name: str, example: Example | None, *, curve: bool) -> str:
+    """The text of `README.md`.
+
+    Args:
+        provenance: What stands in `instil.json`.
+        name: The folder's name, under which the card's code finds the model.
+        example: Shown as the prompt format.
+        curve: Whether `loss.svg` stands beside it.
+    """
+    sections = [
+        _front_matter(provenance),
+        f"# {name}\n",
+        _introduction(provenance),
+        "## Use\n\n" + _usage(provenance, name, example),
+        "## Prompt format\n\n" + _prompt_format(provenance, example),
+        "## Training data\n\n" + _data(provenance),
+        "## Results\n\n" + _results(provenance, curve),
+        "## Hyperparameters\n\n" + _hyperparameters(provenance),
+    ]
+    return "\n".join(sections)
+
+
+def draw_loss(path: Path, steps: Sequence[Step], evaluations: Sequence[Evaluation]) -> bool:
+    """Draw the loss over the steps as SVG; False, and no picture, where matplotlib is not installed."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    # Text stays text, and the same run gives the same file.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "instil"}):
+        figure = Figure(figsize=(7, 3.5), layout="constrained")
+        axes = figure.add_subplot()
+        axes.plot([s.step for s in steps], [s.loss for s in steps], color="#888888", linewidth=1, label="training")
+        if evaluations:
+            points = [e.step for e in evaluations], [e.eval_loss for e in evaluations]
+            axes.plot(*points, color="#c0392b", marker="o", markersize=4, label="held out")
+        axes.set_xlabel("step")
+        axes.set_ylabel("loss (nats a token)")
+        axes.grid(alpha=0.3)
+        if steps or evaluations:
+            axes.legend()
+        figure.savefig(path, format="svg", metadata={"Date": None})
+    return True
+
+
+def _front_matter(provenance: Mapping[str, Any]) -> str:
+    adapter = provenance["kind"] == "adapter"
+    front: dict[str, Any] = {}
+    if base := _hub_name(provenance["base_model"]):
+        front["base_model"] = base
+        front["base_model_relation"] = "adapter" if adapter else "finetune"
+    front["library_name"] = "peft" if adapter else "transformers"
+    front["pipeline_tag"] = "text-generation"
+    front["tags"] = ["instil", "instruction-tuning", "conversational", *(["lora"] if adapter else [])]
+    return "---\n" + yaml.safe_dump(front, sort_keys=False) + "---\n"
+
+
+def _introduction(provenance: Mapping[str, Any]) -> str:
+    base, what = provenance["base_model"], "adapter" if provenance["kind"] == "adapter" else "model"
+    shown = f"[{base}](https://huggingface.co/{base})" if _hub_name(base) else f"`{Path(base).name}`" if base else ""
+    origin = "trained from random weights" if provenance["config"].get("init") else f"tuned from {shown}"
+    version = provenance["versions"].get("instil", "")
+    lines = [f"A language {what}, {origin} with Instil {version}. `instil.json` holds every setting, the data by hash."]
+    lines += [f"\nNote: {note}." for note in provenance["notes"]]
+    return "\n".join(lines) + "\n"
+
+
+def _usage(provenance: Mapping[str, Any], name: str, example: Example | None) -> str:
+    beginning = _USE_ADAPTER if provenance["kind"] == "adapter" else _USE_MODEL
+    otherwise = any(note.startswith("AutoTokenizer") for note in provenance["notes"])
+    code = (beginning + _USE).format(
+        tokenizer_class="PreTrainedTokenizerFast" if otherwise else "AutoTokenizer",
+        name=name,
+        messages=_python([dict(message) for message in example.messages] if example else [_QUESTION.to_wire()]),
+        arguments="".join(f", {key}={_python(value)}" for key, value in provenance["template"]["arguments"].items()),
+    )
+    return _fenced(code, "python")
+
+
+def _prompt_format(provenance: Mapping[str, Any], example: Example | None) -> str:
+    stops = " or ".join(map(_code, provenance["stop_tokens"])) or "no token of its own"
+    lines = [f"`chat_template.jinja` makes it. An answer ends with {stops}."]
+    if added := provenance["added_tokens"]:
+        lines.append(f"New tokens: {', '.join(map(_code, added))}.")
+    if example is None:
+        return "\n".join(lines) + "\n"
+    lines += ["\nThe prompt:\n", _fenced(example.prompt), "The answer:\n", _fenced(example.completion)]
+    return "\n".join(lines)
+
+
+def _data(provenance: Mapping[str, Any]) -> str:
+    summary = provenance["summary"]
+    rows, tokens = summary["rows"], summary["tokens"]
+    counts = {
+        **{f"Rows {status}": f"{count:,}" for status, count in rows.items()},
+        "Record shapes": ", ".join(f"{shape} {count:,}" for shape, count in summary["shapes"].items()),
+        "Exchanges": f"{summary['exchanges']:,}",
+        "Tokens": f"{tokens['total']:,}",
+        "Tokens trained": f"{tokens['trained']:,} ({tokens['share']:.1%})",
+    }
+    named = [("Training", provenance["data"]), ("Held out", provenance["eval_data"])]
+    files = [
+        (Path(file["path"]).name, use, f"{file['records']:,}", _code((file["sha256"] or "")[:16]))
+        for use, data in named
+        if data
+        for file in data["files"]
+    ]
+    table = _table(("", ""), counts.items())
+    return table + "\n" + _table(("File", "Use", "Records", "SHA-256 begins"), files) if files else table
+
+
+def _results(provenance: Mapping[str, Any], curve: bool) -> str:
+    outcome = provenance["outcome"]
+    losses = {
+        "Training loss, first step": outcome["first_loss"],
+        "Training loss, last step": outcome["final_loss"],
+        "Held-out loss, first": outcome["first_eval_loss"],
+        "Held-out loss, last": outcome["final_eval_loss"],
+        "Held-out loss, best": outcome["best_eval_loss"],
+    }
+    rows = [(name, f"{value:.4f}") for name, value in losses.items() if value is not None]
+    ended = ", ended early" if outcome["stopped_early"] else ""
+    rows.append(("Steps", f"{outcome['steps']:,}{ended}"))
+    if outcome["best_step"] is not None:
+        rows.append(("Weights of step", f"{outcome['best_step']:,}"))
+    rows.append(("Tokens trained", f"{outcome['trained_tokens']:,} of {outcome['tokens']:,}"))
+    rows.append(("Seconds", f"{outcome['seconds']:,.0f}"))
+    text = "Losses are means of the cross-entropy of trained tokens, in nats.\n\n" + _table(("", ""), rows)
+    return text + ("\n![Loss over the steps](loss.svg)\n" if curve else "")
+
+
+def _hyperparameters(provenance: Mapping[str, Any]) -> str:
+    """What was chosen, less what stands elsewhere in the card, and what was resolved, which wins."""
+    chosen = {key: value for key, value in provenance["config"].items() if key not in _ELSEWHERE}
+    if chosen.get("adapter") != "lora":
+        chosen = {key: value for key, value in chosen.items() if key not in _OF_LORA}
+    shown = {**chosen, **provenance["resolved"]}
+    rows = [(_code(key), _shown(value)) for key, value in shown.items() if value not in (None, [], {})]
+    versions = ", ".join(f"{name} {number}" for name, number in provenance["versions"].items())
+    return _table(("Setting", "Value"), rows) + f"\nVersions: {versions}.\n"
+
+
+def _hub_name(base: str | None) -> str | None:
+    """The base model if it is one of the hub; a folder's path means nothing there."""
+    return base if base and _HUB_NAME.fullmatch(base) and not Path(base).exists() else None
+
+
+def _python(value: Any) -> str:
+    """A plain value as it stands in Python."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_python(key)}: {_python(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_python, value)) + "]"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _fenced(text: str, language: str = "text") -> str:
+    """The text as a code block, whatever ticks it holds."""
+    longest = max((len(ticks) for ticks in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text.removesuffix(chr(10))}\n{fence}\n"
+
+
+def _code(text: str) -> str:
+    return f"`{text}`" if text else ""
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *(map(_cell, row) for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    """The text on one line, with bars that do not end the cell."""
+    return " ".join(text.split()).replace("|", "\\|")

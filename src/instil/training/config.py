@@ -1,0 +1,117 @@
+"""Everything a run is told: the options of every room together, and which of them go together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, field_validator, model_validator
+
+from instil.data.options import DataOptions
+from instil.errors import UsageError
+from instil.model.options import ModelOptions
+from instil.packing.options import PackOptions
+from instil.prompt.options import PromptOptions
+from instil.training.options import OutputOptions, TrainOptions
+
+_OF_LORA = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "rslora", "dora")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+
+
+class TrainConfig(OutputOptions, TrainOptions, ModelOptions, PackOptions, PromptOptions, DataOptions):
+    """A training run, whole: the data, the prompts, the batches, the model, the training, the output.
+
+    Raises:
+        UsageError: Options that exclude each other, or lack one that they need.
+    """
+
+    tokenizer: str | None = Field(default=None, description="Tokenizer, where the model's own is not the one to use.")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_not_empty(cls, value: Any) -> Any:
+        if value == "" or (isinstance(value, list) and "" in value):
+            raise ValueError("is empty (a shell variable that is not set?)")
+        return value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> TrainConfig:
+        check(self)
+        return self
+
+    def tokenizer_source(self) -> str:
+        """Where the tokenizer is: named by itself, or beside the model or the configuration."""
+        return self.tokenizer or self.model or str(self.init)
+
+    def remarks(self) -> list[str]:
+        """What is no mistake and may yet surprise, a sentence each."""
+        said = []
+        if self.max_steps is not None and self.epochs != TrainConfig.model_fields["epochs"].default:
+            said.append(f"--max-steps {self.max_steps} decides how long is trained, not --epochs {self.epochs:g}")
+        return said
+
+
+def check(config: TrainConfig) -> None:
+    """Refuse options that do not go together.
+
+    Raises:
+        UsageError: The first that do not.
+    """
+    _check_model(config)
+    _check_adapter(config)
+    _check_evaluation(config)
+
+
+def _check_model(config: TrainConfig) -> None:
+    if config.model is None and config.init is None:
+        raise UsageError(
+            "--model: is missing, and so is --init",
+            "Name the base model with --model, or with --init a configuration that makes a new one.",
+        )
+    if config.model is not None and config.init is not None:
+        raise UsageError(
+            "--model and --init exclude each other",
+            "Leave --init out to tune the model, or --model to train a new one.",
+        )
+    init = config.init
+    beside = init is not None and init.is_dir() and any((init / name).exists() for name in _TOKENIZER_FILES)
+    if init is not None and config.tokenizer is None and not beside:
+        raise UsageError(
+            f"--init {init}: there is no tokenizer beside the configuration",
+            "Name one with --tokenizer: a folder, or a name on the hub.",
+        )
+
+
+def _check_adapter(config: TrainConfig) -> None:
+    kept = config.base_adapter == "keep"
+    if kept and config.adapter == "lora":
+        raise UsageError(
+            "--base-adapter keep and --adapter lora exclude each other",
+            "Leave --adapter out to train the adapter that is there, or --base-adapter to merge it and add another.",
+        )
+    if kept and config.init is not None:
+        raise UsageError("--base-adapter keep: a new model has no adapter", "Leave it out, or name a --model.")
+    if config.merge_adapter and not kept and config.adapter != "lora":
+        raise UsageError("--merge-adapter: there is no adapter to merge", "Add --adapter lora, or leave it out.")
+    for name in () if config.adapter == "lora" else _OF_LORA:
+        if getattr(config, name) != TrainConfig.model_fields[name].get_default(call_default_factory=True):
+            raise UsageError(
+                f"--{_flag(name)}: says how a LoRA adapter is made", "Add --adapter lora, or leave it out."
+            )
+
+
+def _check_evaluation(config: TrainConfig) -> None:
+    if config.eval_data and config.eval_fraction:
+        raise UsageError("--eval-data and --eval-fraction exclude each other", "Give one: each holds rows out.")
+    if not config.eval_data and not config.eval_fraction:
+        for name in ("patience", "eval_every"):
+            if getattr(config, name) is not None:
+                raise UsageError(
+                    f"--{_flag(name)} {getattr(config, name)}: there are no held-out rows to evaluate on",
+                    "Give some with --eval-data FILE or --eval-fraction 0.05.",
+                )
+    if "-" in config.data and "-" in config.eval_data:
+        raise UsageError("--data - and --eval-data -: there is one standard input", "Name a file for one of them.")
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")

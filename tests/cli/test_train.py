@@ -1,0 +1,176 @@
+"""`instil train` through the real command, and what plain transformers and peft make of its output."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+from instil.pocket import sample_data, save_sample_tokenizer
+from instil.training import TrainConfig, train
+
+ROWS = 50
+
+
+def rows(count=ROWS):
+    return [json.loads(line) for line in sample_data()[0].read_text(encoding="utf-8").splitlines()[:count]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a tokenizer, a small configuration, and 50 rows."""
+    root = tmp_path_factory.mktemp("train")
+    tokenizer = AutoTokenizer.from_pretrained(save_sample_tokenizer(root / "base"))
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    config.save_pretrained(root / "base")
+    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()), encoding="utf-8")
+    return root
+
+
+def instil(folder, *arguments, code=0):
+    done = subprocess.run(
+        [sys.executable, "-m", "instil", "train", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "INSTIL_CACHE": str(folder / "cache"), "COLUMNS": "200"},
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def answers(model, tokenizer, count):
+    """The greedy answers to the first rows, with whatever ended them."""
+    found = []
+    for row in rows(count):
+        asked = "\n".join(part for part in (row["instruction"], row.get("input")) if part)
+        message = {"role": "user", "content": asked}
+        ids = tokenizer.apply_chat_template([message], add_generation_prompt=True, return_tensors="pt")["input_ids"]
+        out = model.generate(ids, max_new_tokens=80, do_sample=False)
+        found.append(tokenizer.decode(out[0, ids.shape[1] :]))
+    return found
+
+
+@pytest.fixture(scope="module")
+def tuned(folder):
+    """The model that has learned the rows by heart."""
+    arguments = ["--init", "base", "--data", "rows.jsonl", "--output", "tuned", "--template", "chatml"]
+    instil(
+        folder,
+        *arguments,
+        "--learning-rate",
+        "3e-3",
+        "--epochs",
+        "60",
+        "--tokens-per-step",
+        "1024",
+        "--precision",
+        "fp32",
+    )
+    return folder / "tuned"
+
+
+def test_answers_learned_by_heart_are_the_references_and_end(tuned):
+    tokenizer = AutoTokenizer.from_pretrained(tuned)
+    model = AutoModelForCausalLM.from_pretrained(tuned)
+    expected = [row["output"] + "<|im_end|>" for row in rows(12)]
+    assert answers(model, tokenizer, 12) == expected
+
+
+def test_the_loss_falls_and_is_written_down(tuned):
+    metrics = [json.loads(line) for line in (tuned / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in metrics] == list(range(1, len(metrics) + 1))
+    assert metrics[0]["loss"] > 7
+    assert metrics[-1]["loss"] < 0.05
+    written = json.loads((tuned / "instil.json").read_text())
+    assert written["resolved"]["steps"] == len(metrics)
+    assert written["added_tokens"].keys() == {"<|im_start|>", "<|im_end|>"}
+    generation = json.loads((tuned / "generation_config.json").read_text())
+    assert written["stop_tokens"]["<|im_end|>"] in generation["eos_token_id"]
+
+
+def test_an_adapter_is_loaded_by_plain_peft(folder, tuned):
+    """The tuned model learns other answers as an adapter; its base stays as it was."""
+    changed = [{**row, "output": row["output"].upper()} for row in rows(8)]
+    (folder / "upper.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed), encoding="utf-8")
+    before = (tuned / "model.safetensors").read_bytes()
+    instil(
+        folder,
+        *("--model", "tuned", "--data", "upper.jsonl", "--output", "adapter", "--adapter", "lora", "--lora-rank", "8"),
+        *("--learning-rate", "1e-2", "--max-steps", "60", "--precision", "fp32"),
+    )
+    assert (tuned / "model.safetensors").read_bytes() == before
+    assert not (folder / "adapter" / "model.safetensors").exists()
+    model = AutoPeftModelForCausalLM.from_pretrained(folder / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "adapter")
+    assert answers(model, tokenizer, 8) == [row["output"].upper() + "<|im_end|>" for row in rows(8)]
+
+
+def test_python_does_what_the_command_does(folder):
+    given = ["--init", "base", "--data", "rows.jsonl", "--template", "alpaca", "--max-steps", "3", "--seed", "5"]
+    instil(folder, *given, "--output", "command", "--precision", "fp32")
+    config = TrainConfig(
+        init=folder / "base",
+        data=[str(folder / "rows.jsonl")],
+        output=folder / "python",
+        template="alpaca",
+        max_steps=3,
+        seed=5,
+        precision="fp32",
+        cache=False,
+    )
+    train(config)
+    one, other = (AutoModelForCausalLM.from_pretrained(folder / name).state_dict() for name in ("command", "python"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_dry_run_says_what_would_be_done_and_does_nothing(folder):
+    shown = instil(
+        folder, "--init", "base", "--data", "rows.jsonl", "--template", "chatml", "--output", "dry", "--dry-run"
+    ).stdout
+    assert "learning rate" in shown
+    assert "token trees" in shown
+    assert "memory" in shown
+    assert not (folder / "dry").exists()
+
+
+def test_a_run_that_cannot_fit_is_refused_with_what_would_fit(folder):
+    huge = LlamaConfig(vocab_size=2048, hidden_size=64, num_hidden_layers=4096, num_attention_heads=2).to_dict()
+    (folder / "huge").mkdir()
+    (folder / "huge" / "config.json").write_text(json.dumps({**huge, "intermediate_size": 64}))
+    arguments = ["--init", "huge", "--tokenizer", "base", "--data", "rows.jsonl", "--template", "chatml"]
+    told = instil(folder, *arguments, "--output", "x", "--tokens-per-batch", "65536", code=2).stderr
+    assert "does not fit into memory" in told
+    assert "--tokens-per-batch" in told
+    assert not (folder / "x").exists()
+
+
+def test_rejected_answers_are_not_taught(folder):
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    (folder / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
+    given = ["--init", "base", "--data", "pairs.jsonl", "--template", "chatml", "--output", "x"]
+    done = subprocess.run(
+        [sys.executable, "-m", "instil", "train", *given, "--max-steps", "1", "--no-cache"],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+    )
+    trained = json.loads((folder / "x" / "instil.json").read_text()) if done.returncode == 0 else None
+    assert trained is None or trained["summary"]["exchanges"] == 1, done.stderr
