@@ -120,7 +120,7 @@ BYTES_PER_PARAMETER = 16  # fp32 weights, gradients and AdamW's two moments
 
 
 def best_of(task: dict[str, Any]) -> dict[str, Any]:
-    """What a person would set for the machine and the rows, as keys of a run's task; TRL's and transformers' trainer."""
+    """What a person would set for the machine and the rows, for either trainer, as keys of a run's task."""
     if task["device"] == "cuda":
         liger = importlib.util.find_spec("liger_kernel") is not None
         return {"settings": {**PLAIN, "use_liger_kernel": liger}, "pack": TOKENS_PER_BATCH, "flash": True}
@@ -689,7 +689,8 @@ def compare(arguments: argparse.Namespace, shape: str, tuning: str, scratch: Pat
         "weights": None if cuda else str(scratch / f"weights-{shape}"),
     }
     if cuda and tuning == "full" and (needed := state_bytes(SHAPES[shape])) > 0.85 * (held := device_memory()):
-        print(f"{shape}, full: {needed / 1e9:.0f} GB of weights, gradients and moments do not fit in {held / 1e9:.0f}\n")
+        sizes = f"{needed / 1e9:.0f} GB of weights, gradients and moments do not fit in {held / 1e9:.0f}"
+        print(f"{shape}, full: {sizes}\n")
         return True
     if not cuda:
         in_child({**task, "what": "save", "to": task["weights"]}, scratch)
@@ -753,9 +754,7 @@ def show(task: dict[str, Any], runs: dict[str, list[dict[str, Any]]], peak: dict
         )
     mine, theirs = ([name for name in runs if name.startswith("Instil") == own] for own in (True, False))
     for a, b in itertools.product(mine, theirs):
-        less = statistics.median(run["memory"] for run in runs[a]) / statistics.median(
-            run["memory"] for run in runs[b]
-        )
+        less = statistics.median(run["memory"] for run in runs[a]) / statistics.median(run["memory"] for run in runs[b])
         print(f"  {f'{a} / {b}':<40} {speed[a] / speed[b]:.2f} times the tokens/s, {less:.2f} times the memory")
     for name, found in runs.items():
         print(f"  {name}: {len(found[0]['steps'])} steps, {found[0]['precision']}, {found[0]['note']}")

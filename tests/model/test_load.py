@@ -1,16 +1,23 @@
 """Models loaded from folders, with adapters and at random, and everything that cannot be loaded."""
 
+import hashlib
 import json
 import shutil
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import ClassVar
 
 import peft
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, T5Config, ViTConfig
 
 from instil.errors import ModelError
+from instil.model import load
 from instil.model.load import base_of, check_vocabulary, checkpoint_dtype, is_adapter, load_model
 from instil.model.options import ModelOptions
 
@@ -35,7 +42,12 @@ def peft_adapter(base, folder, **more):
     model = AutoModelForCausalLM.from_pretrained(base)
     transposed = model.config.model_type == "gpt2"
     config = peft.LoraConfig(
-        task_type="CAUSAL_LM", r=2, target_modules="all-linear", init_lora_weights=False, fan_in_fan_out=transposed, **more
+        task_type="CAUSAL_LM",
+        r=2,
+        target_modules="all-linear",
+        init_lora_weights=False,
+        fan_in_fan_out=transposed,
+        **more,
     )
     model = peft.get_peft_model(model, config)
     with torch.no_grad():
@@ -151,7 +163,7 @@ def test_the_base_beside_an_adapter_goes_before_one_in_the_working_directory(sav
     assert not torch.equal(logits_of(found), expected)
 
 
-def test_what_names_no_model(tmp_path, saved, monkeypatch):
+def test_what_names_no_model(tmp_path, saved):
     folder = saved("llama")
     assert "neither --model nor --init is given" in error_of()
     assert "both --model and --init are given" in error_of(model=folder, init=folder)
@@ -162,8 +174,96 @@ def test_what_names_no_model(tmp_path, saved, monkeypatch):
     assert "no config.json in this folder (it holds nothing)" in error_of(model=tmp_path / "empty")
     (folder / "config.json").write_text("{")
     assert "the model cannot be loaded" in error_of(model=folder)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The little of the hub that loading asks for: files of a folder, and its ways to refuse."""
+
+    root = Path()
+    asked: ClassVar[list[str]] = []
+
+    def do_HEAD(self):
+        self.asked.append(self.path)
+        owner, name, resolve, _, file = [*self.path.strip("/").split("/", 4), "", "", "", ""][:5]
+        found = self.root / owner / name
+        if owner == "api" or resolve != "resolve" or not found.is_dir():
+            gated = name == "gated"
+            return self.answer(403 if gated else 404, {"X-Error-Code": "GatedRepo" if gated else "RepoNotFound"})
+        if not (found / file).is_file():
+            return self.answer(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": "0" * 40})
+        content = (found / file).read_bytes()
+        headers = {"X-Repo-Commit": "0" * 40, "ETag": f'"{hashlib.sha1(content).hexdigest()}"'}
+        return self.answer(200, headers, content)
+
+    do_GET = do_HEAD  # noqa: N815
+
+    def answer(self, status, headers, content=b""):
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub on this machine, which is gone once it is shut down."""
+    monkeypatch.setattr(Hub, "root", tmp_path / "hub")
+    monkeypatch.setattr(Hub, "asked", [])
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        load._offline.cache_clear()
+        yield server
+        server.shutdown()
+        load._offline.cache_clear()
+
+
+def test_models_and_adapters_come_from_the_hub_and_later_from_its_cache(saved, tmp_path, hub):
+    shutil.copytree(saved("llama"), Hub.root / "meta/tiny")
+    expected = peft_adapter(Hub.root / "meta/tiny", Hub.root / "me/adapter")
+    change_json(Hub.root / "me/adapter/adapter_config.json", base_model_name_or_path="meta/tiny")
+    base, adapter = ModelOptions(model="meta/tiny"), ModelOptions(model="me/adapter", base_adapter="keep")
+
+    def check():
+        assert torch.equal(logits_of(load_model(base)), logits_of(random_model("llama")))
+        kept = load_model(adapter)
+        assert torch.equal(logits_of(kept), expected)
+        assert kept.get_base_model().name_or_path == "meta/tiny"
+        assert (base_of(base), base_of(adapter)) == ("meta/tiny", "meta/tiny")
+        assert (is_adapter("meta/tiny"), is_adapter("me/adapter")) == (False, True)
+
+    check()
+    hub.shutdown()
+    hub.socket.close()
+    load._offline.cache_clear()
     started = time.monotonic()
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    check()
+    assert time.monotonic() - started < 10
+
+
+def test_what_the_hub_does_not_give(saved, hub):
+    folder = saved("gpt2")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    shutil.copytree(folder, Hub.root / "me/pickled")
+    (Hub.root / "api").mkdir()
+    assert "has no weights in safetensors" in error_of(model="me/pickled")
+    assert "neither a folder here nor a model on the hub" in error_of(model="nobody/nothing")
+    assert "its owner wants to be asked" in error_of(model="meta/gated")
+    hub.shutdown()
+    hub.socket.close()
+    load._offline.cache_clear()
+    started = time.monotonic()
     assert "nobody/nothing: no such folder, and the hub cannot be reached" in error_of(model="nobody/nothing")
     assert time.monotonic() - started < 6
 
@@ -265,6 +365,7 @@ def test_a_tokenizer_with_ids_beyond_the_model_is_not_its_own():
     other = fresh_tokenizer()
     other.backend.add_tokens(["<x>", "<y>"])
     other.add_special_tokens(["<a>"])
-    with pytest.raises(ModelError, match=r"words: 2 of its tokens .* beyond the 40 embeddings .*: '<x>' \(40\), '<y>' \(41\)"):
+    said = r"words: 2 of its tokens have ids beyond the 40 embeddings of the model: '<x>' \(40\), '<y>' \(41\)"
+    with pytest.raises(ModelError, match=said):
         check_vocabulary(model, other)
     check_vocabulary(random_model("qwen2"), other)

@@ -110,7 +110,7 @@ def test_peft_finds_the_grown_base_from_any_working_directory(saved, tmp_path, m
     (tmp_path / "elsewhere").mkdir()
     torch.save(IDS, tmp_path / "ids.pt")
     code = (
-        "import peft, torch, warnings\nwarnings.simplefilter('ignore')\n"
+        "import peft, torch, warnings\nwarnings.simplefilter('ignore')\ntorch.set_num_threads(1)\n"
         "model = peft.AutoPeftModelForCausalLM.from_pretrained('../out', dtype=torch.float32).eval()\n"
         "with torch.no_grad(): torch.save(model(torch.load('../ids.pt')).logits, '../logits.pt')\n"
     )

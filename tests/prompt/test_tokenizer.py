@@ -425,9 +425,10 @@ def test_a_byte_level_prefix_space_is_no_continuation():
     assert tokens(encoder.tokenizer, encoder.encode_continuation("ab")) == ["a", "b"]
 
 
+@pytest.mark.parametrize("kind", ["llama2", "byte_level_bos"])
 @pytest.mark.parametrize("named", ["PreTrainedTokenizerFast", "LlamaTokenizer", "LlamaTokenizerFast", "Unheard"])
-def test_the_tokenizer_is_loaded_as_serving_loads_it(tokenizer_of, tmp_path, named):
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer_of("llama2").backend, eos_token="</s>").save_pretrained(tmp_path)
+def test_the_tokenizer_is_loaded_as_serving_loads_it(tokenizer_of, tmp_path, named, kind):
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer_of(kind).backend, eos_token="</s>").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": named}))
     text = "<s>x</s> y  and so on"

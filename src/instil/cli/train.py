@@ -108,7 +108,8 @@ def _train(config: TrainConfig) -> None:
     _hush()
     with Progress() as progress:
         outcome = run(config, [progress])
-    sys.stderr.write(f"instil: {_summary(outcome)}\ninstil: wrote {config.output}\n")
+    notes = "".join(f"instil: note: {note}\n" for note in outcome.notes)
+    sys.stderr.write(f"instil: {_summary(outcome)}\n{notes}instil: wrote {config.output}\n")
 
 
 def _hush() -> None:

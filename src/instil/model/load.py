@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -283,6 +284,7 @@ def _is_local(name: str) -> bool:
     return False
 
 
+@lru_cache
 def _offline(name: str) -> bool:
     """Whether the hub cannot be reached, asked once and briefly: then only what is in the cache can be loaded.
 
@@ -290,22 +292,23 @@ def _offline(name: str) -> bool:
         ModelError: The hub answers, but not with this model; or it does not, and nothing is in the cache.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
 
     try:
         get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=_PATIENCE)
-    except EntryNotFoundError:
+    except EntryNotFoundError:  # an adapter has none
         return False
     except GatedRepoError as error:
         raise ModelError(
-            f"{name}: its owner gives it to those who asked for it", f"Ask at {_page(name)}, then `hf auth login`."
+            f"{name}: its owner wants to be asked before it is fetched",
+            f"Ask at https://huggingface.co/{name}, then `hf auth login`.",
         ) from error
-    except Exception as error:  # of the network or the hub, of many kinds
-        if isinstance(error, HfHubHTTPError) and 400 <= error.response.status_code < 500:
-            raise ModelError(
-                f"{name}: neither a folder here nor a model on the hub that you can see",
-                "Check the name; for a private model, `hf auth login` first.",
-            ) from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f"{name}: neither a folder here nor a model on the hub that you can see",
+            "Check the name; for a private model, `hf auth login` first.",
+        ) from error
+    except Exception as error:  # of the network, of many kinds
         if not any(isinstance(try_to_load_from_cache(name, file), str) for file in ("config.json", ADAPTER_CONFIG)):
             raise ModelError(
                 f"{name}: no such folder, and the hub cannot be reached: {_first_line(error)}",
@@ -313,10 +316,6 @@ def _offline(name: str) -> bool:
             ) from error
         return True
     return False
-
-
-def _page(name: str) -> str:
-    return f"https://huggingface.co/{name}"
 
 
 def _unloadable(name: str, error: Exception) -> ModelError:

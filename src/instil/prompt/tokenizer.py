@@ -130,6 +130,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         loader: Any = getattr(transformers, str(named), None)
         if not (isinstance(loader, type) and issubclass(loader, transformers.PreTrainedTokenizerFast)):
             loader = transformers.PreTrainedTokenizerFast
+        if issubclass(loader, transformers.LlamaTokenizer) and _is_byte_level(folder):  # as DeepSeek's are named
+            loader = transformers.PreTrainedTokenizerFast
         loaded = loader.from_pretrained(str(path))
         return _taken_over(loaded, _fast_backend(loaded, str(path)), str(path))
     except TokenizerError:
@@ -138,6 +140,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         remedy = "Mend or replace its files." if folder.is_dir() else "Give a folder, or a hub name that you can reach."
         raise TokenizerError(f"{path}: the tokenizer cannot be loaded: {cause}", remedy) from error
+
+
+def _is_byte_level(folder: Path) -> bool:
+    splitter = _read_config(folder / "tokenizer.json").get("pre_tokenizer")
+    return _mentions(splitter, "ByteLevel")
 
 
 def _check_folder(folder: Path, path: str) -> None:

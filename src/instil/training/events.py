@@ -78,6 +78,7 @@ class Outcome:
         best_step: The step whose weights the model has now; None if it has those of the last.
         stopped_early: Whether patience ran out.
         seconds: Of training, evaluations included.
+        notes: What a person should know about what was written, a sentence each.
     """
 
     steps: int
@@ -86,6 +87,7 @@ class Outcome:
     best_step: int | None = None
     stopped_early: bool = False
     seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
 
 
 class Watcher(Protocol):

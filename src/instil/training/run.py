@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -56,7 +56,7 @@ def train(config: TrainConfig, watchers: Sequence[Watcher] = ()) -> Outcome:
         watchers=[kept, *watchers],
     )
     generation = getattr(reader.base, "generation_config", None)
-    write_output(
+    notes = write_output(
         config.output,
         save=lambda folder: save_model(
             model, folder, growth=growth, merge=config.merge_adapter, dtype=checkpoint_dtype(config)
@@ -70,7 +70,7 @@ def train(config: TrainConfig, watchers: Sequence[Watcher] = ()) -> Outcome:
         eval_data=data.eval_described,
         generation_config=generation.to_dict() if generation else None,
     )
-    return outcome
+    return replace(outcome, notes=notes)
 
 
 def resolve(config: TrainConfig) -> Resolved:
