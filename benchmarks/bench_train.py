@@ -15,11 +15,11 @@ TRL        `SFTTrainer` with what `SFTConfig` gives by default: 8 rows padded to
            log line each step, no checkpoints, and `max_length` where a row is longer than its 1,024.
 TRL, best  the settings of it that were fastest on this kind of machine (`--sweep` tries others): see `best_of`.
            Without checkpointing; `rows` packed, for which transformers makes a block mask from the position ids:
-           exact, each row is alone, but the mask is dense. Packs are as long as makes them come out even over the
-           steps. `tools` row by row.
-Trainer    transformers' own trainer on the same rows and packs. TRL 1.16 computes the head in tiles made for GPUs: on
-           a CPU it scores every position, trained or not, once more on the way back, and makes its gradients in fp32.
-           Transformers' trainer scores them once, in bf16: it is the one to beat.
+           exact, each row is alone, but the mask is dense. Packs of about 512, as long as makes them come out even
+           over the steps. `tools` row by row: reasoned, not swept.
+Trainer    transformers' own trainer, likewise, in packs of about 1,024. TRL 1.16 computes the head in tiles made for
+           GPUs: on a CPU it scores every position, trained or not, once more on the way back, and makes its gradients
+           in fp32. Transformers' trainer scores them once, in bf16: it is the one to beat.
 Instil     `fit` with `share_prefixes="auto"`, 8,192 tokens to a batch, bf16.
 
 `--variants` adds Instil in fp32, and with and without compilation.

@@ -4,6 +4,7 @@
     rows = instil.exchanges(records, "my-model")             # each answer with the prompt it is served under
     prepared = instil.prepare(records, "my-model")           # the same as token trees, on all cores
     batches = instil.pack(prepared.trees, 8192)              # packed batches
+    outcome = instil.train(instil.TrainConfig(model="my-model", data=["instructions.jsonl"], output="tuned"))
 
 Each name is loaded when it is first used, so `import instil` costs next to nothing.
 """
@@ -17,14 +18,18 @@ if TYPE_CHECKING:
     from instil.errors import (
         DataError,
         InstilError,
+        ModelError,
         PackingError,
         RowProblem,
         TemplateError,
         TokenizerError,
+        TrainingError,
         UsageError,
     )
+    from instil.model import TreeModel
     from instil.packing import PackedBatch, Packs, Prepared, StoredTrees, TokenTree, expand, pack, prepare
     from instil.prompt import EncodedRecord, Exchange, PromptOptions, exchanges, load_tokenizer
+    from instil.training import Outcome, TrainConfig, TrainOptions, fit, train
 
 __version__ = "0.1.0"
 
@@ -35,6 +40,8 @@ __all__ = [
     "Exchange",
     "InstilError",
     "Message",
+    "ModelError",
+    "Outcome",
     "PackedBatch",
     "PackingError",
     "Packs",
@@ -48,13 +55,19 @@ __all__ = [
     "TemplateError",
     "TokenTree",
     "TokenizerError",
+    "TrainConfig",
+    "TrainOptions",
+    "TrainingError",
+    "TreeModel",
     "UsageError",
     "exchanges",
     "expand",
+    "fit",
     "load_tokenizer",
     "pack",
     "prepare",
     "read",
+    "train",
 ]
 
 _HOMES = {
@@ -63,14 +76,18 @@ _HOMES = {
     "instil.errors": (
         "DataError",
         "InstilError",
+        "ModelError",
         "PackingError",
         "RowProblem",
         "TemplateError",
         "TokenizerError",
+        "TrainingError",
         "UsageError",
     ),
+    "instil.model": ("TreeModel",),
     "instil.packing": ("PackedBatch", "Packs", "Prepared", "StoredTrees", "TokenTree", "expand", "pack", "prepare"),
     "instil.prompt": ("EncodedRecord", "Exchange", "PromptOptions", "exchanges", "load_tokenizer"),
+    "instil.training": ("Outcome", "TrainConfig", "TrainOptions", "fit", "train"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PhiConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, PhiConfig, Qwen2Config
 from transformers.utils import logging
 
 from instil.prompt import Tokenizer
@@ -28,6 +28,7 @@ CONFIGS = {
     "gpt2": lambda: GPT2Config(vocab_size=WORDS, n_embd=16, n_layer=2, n_head=2, n_positions=64, **_TOKENS),
     "qwen2": lambda: Qwen2Config(vocab_size=WORDS + 8, tie_word_embeddings=False, **_SIZES),  # with spare rows
     "qwen2-tied": lambda: Qwen2Config(vocab_size=WORDS + 1, tie_word_embeddings=True, **_SIZES),  # with one
+    "mixtral": lambda: MixtralConfig(vocab_size=WORDS, num_local_experts=4, **_SIZES),
     "phi": lambda: PhiConfig(vocab_size=WORDS + 8, **_SIZES),  # its head has a bias
     "phi-full": lambda: PhiConfig(vocab_size=WORDS, **_SIZES),
     "phi-tied": lambda: PhiConfig(vocab_size=WORDS, tie_word_embeddings=True, **_SIZES),

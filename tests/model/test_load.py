@@ -256,7 +256,6 @@ def test_what_the_hub_does_not_give(saved, hub):
     folder = saved("gpt2")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     shutil.copytree(folder, Hub.root / "me/pickled")
-    (Hub.root / "api").mkdir()
     assert "has no weights in safetensors" in error_of(model="me/pickled")
     assert "neither a folder here nor a model on the hub" in error_of(model="nobody/nothing")
     assert "its owner wants to be asked" in error_of(model="meta/gated")

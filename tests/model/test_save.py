@@ -20,7 +20,10 @@ from instil.model.tokens import reserve_tokens
 from .conftest import KINDS, fresh_tokenizer, logits_of, random_model
 from .test_adapter import IDS, LORA, train
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*keys did not match any targeted module:RuntimeWarning"),  # of peft, on experts
+]
 HOLDS = ["adapter_config.json", "adapter_model.safetensors"]
 
 
@@ -207,6 +210,16 @@ def test_an_adapter_in_bf16(saved, tmp_path):
     assert {each.dtype for each in load_file(tmp_path / "out/base/model.safetensors").values()} == {torch.bfloat16}
     now = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     assert all(torch.equal(written[name], value.to(torch.bfloat16)) for name, value in now.items())
+
+
+def test_a_generation_configuration_is_neither_written_nor_judged(tmp_path):
+    model = random_model("llama")
+    model.generation_config.temperature = 0.5  # without do_sample, for which transformers refuses to save it
+    with pytest.raises(ValueError, match="GenerationConfig is invalid"):
+        model.save_pretrained(tmp_path / "plain")
+    save_model(model, tmp_path / "out")
+    assert names(tmp_path / "out") == ["config.json", "model.safetensors"]
+    assert model.generation_config.temperature == 0.5
 
 
 def test_the_attention_of_instil_is_not_written(tmp_path):

@@ -31,7 +31,11 @@ LLAMA_MATRICES = {
 LLAMA_OTHERS = {
     "model.embed_tokens.weight",
     "model.norm.weight",
-    *(f"model.layers.{layer}.{name}.weight" for layer in range(2) for name in ("input_layernorm", "post_attention_layernorm")),
+    *(
+        f"model.layers.{layer}.{name}.weight"
+        for layer in range(2)
+        for name in ("input_layernorm", "post_attention_layernorm")
+    ),
 }
 GPT2_MATRICES = {
     f"transformer.h.{layer}.{name}.weight"
@@ -43,7 +47,12 @@ GPT2_OTHERS = {
     "transformer.wpe.weight",
     "transformer.ln_f.weight",
     "transformer.ln_f.bias",
-    *(f"transformer.h.{layer}.{norm}.{what}" for layer in range(2) for norm in ("ln_1", "ln_2") for what in ("weight", "bias")),
+    *(
+        f"transformer.h.{layer}.{norm}.{what}"
+        for layer in range(2)
+        for norm in ("ln_1", "ln_2")
+        for what in ("weight", "bias")
+    ),
     *(name.replace("weight", "bias") for name in GPT2_MATRICES),
 }
 
@@ -168,4 +177,6 @@ def test_schedules_are_those_of_transformers_one_step_on(schedule, steps, warmup
         optimizer.step()
         scheduler.step()
         expected.append(scheduler.get_last_lr()[0])
-    assert [learning_rate(step, steps, warmup, 3e-4, schedule) for step in range(1, steps + 1)] == pytest.approx(expected)
+    assert [learning_rate(step, steps, warmup, 3e-4, schedule) for step in range(1, steps + 1)] == pytest.approx(
+        expected
+    )

@@ -74,15 +74,6 @@ def test_rows_longer_than_a_step(lengths, size):
 
 
 @given(rows_of_data, st.integers(2, 200), st.integers(0, 60), st.integers(0, 3))
-def test_no_step_is_larger_than_it_may_be(rows, size, spare, seed):
-    steps = Steps.of(trees_of(rows), size, longest_path(rows) + spare, "off", seed)
-    sizes = sizes_of(rows)
-    for epoch in range(EPOCHS):
-        for step in steps.rows(epoch):
-            assert sizes[step].sum() <= size or len(step) == 1
-
-
-@given(rows_of_data, st.integers(2, 200), st.integers(0, 60), st.integers(0, 3))
 def test_steps_are_even(rows, size, spare, seed):
     sizes = sizes_of(rows)
     assume(size >= sizes.max())

@@ -5,7 +5,6 @@ import warnings
 
 import datasets
 import pytest
-import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch.utils.data import DataLoader
@@ -55,7 +54,7 @@ def sft(model, rows, micro_batches, folder, **arguments) -> list[dict[str, float
         output_dir=str(folder),
         use_cpu=True,
         bf16=False,
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         max_length=None,
         max_steps=STEPS,
         gradient_accumulation_steps=2,
@@ -113,10 +112,9 @@ def test_a_run_is_that_of_trl(prompt_weight, weight_decay, tmp_path):
 
     assert len(outcome.history) == len(logged) == STEPS
     for our, their in zip(outcome.history, logged, strict=True):
-        assert our.loss == pytest.approx(their["loss"], abs=1e-4)
-        assert our.grad_norm == pytest.approx(their["grad_norm"], rel=1e-3)
+        assert our.loss == pytest.approx(their["loss"], abs=1e-5)
+        assert our.grad_norm == pytest.approx(their["grad_norm"], rel=1e-4)
         assert our.learning_rate == pytest.approx(their["learning_rate"], rel=1e-9)
-    print("loss", max(abs(o.loss - t["loss"]) for o, t in zip(outcome.history, logged)), "weights", furthest(weights_of(ours), weights_of(theirs)), outcome.history[0].loss, outcome.history[-1].loss, "moved", furthest(before, weights_of(ours)))
     assert outcome.history[-1].loss < outcome.history[0].loss - 0.5
     assert furthest(before, weights_of(ours)) > 10 * RATE
-    assert furthest(weights_of(ours), weights_of(theirs)) < 1e-4
+    assert furthest(weights_of(ours), weights_of(theirs)) < 2e-5

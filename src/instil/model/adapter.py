@@ -33,7 +33,7 @@ def add_lora(model: nn.Module, options: ModelOptions, new_ids: Sequence[int] = (
         seed: Of the additions.
 
     Raises:
-        ModelError: The model has an adapter already, or no layer of a target's name.
+        ModelError: The model has an adapter already, no layer of a target's name, or layers that cannot be adapted so.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -55,8 +55,15 @@ def add_lora(model: nn.Module, options: ModelOptions, new_ids: Sequence[int] = (
     )
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, to peft
+        warnings.filterwarnings("ignore", ".* keys did not match any targeted module", RuntimeWarning)  # but experts
         torch.manual_seed(seed)
-        adapted = get_peft_model(cast(Any, model), config)
+        try:
+            adapted = get_peft_model(cast(Any, model), config)
+        except (ValueError, TypeError, NotImplementedError) as error:  # experts take no dropout and no DoRA
+            raise ModelError(
+                f"--adapter lora: {type(model).__name__} cannot have this adapter: {error}",
+                "Leave --dora and --lora-dropout out, or name other --lora-targets.",
+            ) from error
     if new_ids:
         _keep_bias(adapted)
     return adapted

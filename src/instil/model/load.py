@@ -186,8 +186,7 @@ def _load_base(name: str, trust: bool, dtype: torch.dtype) -> Any:
     local = _is_local(name)
     config = _read_config(name, trust)
     _check_kind(config, name)
-    if local:
-        _check_weights(Path(name))
+    _check_weights(name)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             name,
@@ -237,20 +236,40 @@ def _check_kind(config: Any, name: str) -> None:
     )
 
 
-def _check_weights(folder: Path) -> None:
-    files = sorted(file.name for file in folder.iterdir() if file.is_file())
-    if any(name.endswith(".safetensors") for name in files):
+def _check_weights(name: str) -> None:
+    """Refuse a model without safetensors; transformers would ask a service of the hub to convert it."""
+    if not _is_local(name):
+        if not _on_hub(name, "model.safetensors") and not _on_hub(name, "model.safetensors.index.json"):
+            raise ModelError(f"{name}: has no weights in safetensors", _CONVERT)
         return
-    pickled = [name for name in files if Path(name).suffix in _PICKLED and name != "training_args.bin"]
+    files = sorted(file.name for file in Path(name).iterdir() if file.is_file())
+    if any(file.endswith(".safetensors") for file in files):
+        return
+    pickled = [file for file in files if Path(file).suffix in _PICKLED and file != "training_args.bin"]
     if pickled:
         raise ModelError(
-            f"{folder}: its weights are pickled ({', '.join(pickled[:3])}), and to read them is to run what is in them",
+            f"{name}: its weights are pickled ({', '.join(pickled[:3])}), and to read them is to run what is in them",
             _CONVERT,
         )
     raise ModelError(
-        f"{folder}: no weights in this folder (it holds {', '.join(files[:8])})",
+        f"{name}: no weights in this folder (it holds {', '.join(files[:8])})",
         "Give a folder with *.safetensors, or --init in place of --model for random weights.",
     )
+
+
+def _on_hub(name: str, file: str) -> bool:
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError
+
+    if _offline(name):
+        return isinstance(try_to_load_from_cache(name, file), str)
+    try:
+        get_hf_file_metadata(hf_hub_url(name, file), timeout=_PATIENCE)
+    except EntryNotFoundError:
+        return False
+    except Exception as error:  # of the network, of many kinds
+        raise _unloadable(name, error) from error
+    return True
 
 
 def _check_complete(name: str, info: dict[str, Any]) -> None:
@@ -324,8 +343,6 @@ def _unloadable(name: str, error: Exception) -> ModelError:
             f"{name}: needs the Python code that comes with it",
             "If you trust its source, allow that with --trust-remote-code.",
         )
-    if "safetensors" in str(error) and isinstance(error, OSError):
-        return ModelError(f"{name}: has no weights in safetensors: {_first_line(error)}", _CONVERT)
     return ModelError(f"{name}: the model cannot be loaded: {_first_line(error)}", "Mend or replace its files.")
 
 

@@ -37,7 +37,8 @@ class ModelOptions(BaseModel):
     lora_targets: list[str] = Field(
         default=["all-linear"],
         min_length=1,
-        description="Linear layers to add to, by name (q_proj); all-linear: all of them but the output head.",
+        description="Linear layers to add to, by name (q_proj); all-linear: all of them, those of experts too, but the "
+        "output head.",
     )
     rslora: bool = Field(default=False, description="Scale by the root of the rank, which suits large ranks.")
     dora: bool = Field(default=False, description="Also train the length of each output's weights (DoRA); slower.")

@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from instil.errors import UsageError
+
 if TYPE_CHECKING:
     from instil.training.config import TrainConfig
     from instil.training.events import Evaluation, Outcome, Resolved, Step, Watcher
@@ -36,4 +38,8 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 def __getattr__(name: str) -> object:  # the options are read without torch
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    try:
+        home = import_module(f"{__name__}.{_HOME_OF[name]}")
+    except ModuleNotFoundError as error:
+        raise UsageError(f"training needs the package {error.name!r}", "pip install 'instil[train]'") from error
+    return getattr(home, name)

@@ -56,6 +56,8 @@ def fit(
     Raises:
         TrainingError: There is nothing to train, or the loss is no number.
     """
+    if not len(trees if rows is None else rows):
+        raise TrainingError("there are no rows to train", "Give some.")
     steps = Steps.of(trees, options.tokens_per_step, tokens_per_batch, share_prefixes, seed, rows)
     resolved = resolve(model, steps, options)
     _prepare(model, resolved)
@@ -125,7 +127,7 @@ def _prepare(model: TreeModel, resolved: Resolved) -> None:
     if model.device.type == "cpu":
         keep_freed_blocks()
     if resolved.settings["activation_checkpointing"]:
-        model.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     if resolved.settings["compile"]:
         for layer in model.base.modules():
             if isinstance(layer, GradientCheckpointingLayer):
@@ -216,7 +218,7 @@ class _Evaluations:
         """Measure the loss; whether patience has run out."""
         run = self.whole_run
         mean = evaluate(run.model, self.batches)
-        best = self.best is None or mean < self.best.eval_loss
+        best = math.isfinite(mean) and (self.best is None or mean < self.best.eval_loss)
         found = Evaluation(step, mean, best, time.perf_counter() - run.began)
         self.found.append(found)
         if best:
@@ -224,7 +226,7 @@ class _Evaluations:
             self.kept = [each.detach().clone() for each in run.parameters]
         for watcher in run.watchers:
             watcher.evaluated(found)
-        worse = len(self.found) - 1 - self.found.index(self.best) if self.best else 0
+        worse = len(self.found) - 1 - self.found.index(self.best) if self.best else len(self.found)
         self.stopped = self.patience is not None and worse >= self.patience
         return self.stopped
 
@@ -246,4 +248,6 @@ def evaluate(model: TreeModel, batches: Sequence[PackedBatch]) -> float:
     """The mean cross-entropy of the batches' targets, weighted, in nats."""
     model.model.eval()
     weights = sum(map(supervised.weight, batches))
+    if not weights:
+        raise TrainingError("no token of the held-out rows has a weight", "Give rows with an answer that is trained.")
     return sum(float(supervised.loss(model, batch)) for batch in batches) / weights

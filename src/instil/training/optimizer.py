@@ -19,9 +19,10 @@ def adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.
     """
     embeddings = {id(each.weight) for each in model.modules() if isinstance(each, nn.Embedding)}
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[parameter.ndim > 1 and id(parameter) not in embeddings].append(parameter)
+            spared = id(parameter) in embeddings or name.endswith("bias") or "trainable_tokens" in name
+            groups[parameter.ndim > 1 and not spared].append(parameter)
     decay: list[dict[str, Any]] = [
         {"params": groups[decays], "weight_decay": weight_decay if decays else 0.0}
         for decays in (True, False)

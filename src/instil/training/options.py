@@ -16,7 +16,7 @@ class TrainOptions(BaseModel):
     tokens_per_step: int | None = Field(
         default=None,
         ge=2,
-        description="Tokens of the rows that an optimizer step trains, counted as if nothing were shared; "
+        description="Tokens of the rows that an optimizer step trains, about, counted as if nothing were shared; "
         "32 steps an epoch, but no less than 2,048 and no more than 65,536.",
     )
     epochs: float = Field(default=3.0, gt=0.0, allow_inf_nan=False, description="Times that each row is trained.")

@@ -59,7 +59,12 @@ def train(config: TrainConfig, watchers: Sequence[Watcher] = ()) -> Outcome:
     notes = write_output(
         config.output,
         save=lambda folder: save_model(
-            model, folder, growth=growth, merge=config.merge_adapter, dtype=checkpoint_dtype(config)
+            model,
+            folder,
+            growth=growth,
+            merge=config.merge_adapter,
+            dtype=checkpoint_dtype(config),
+            place=config.output,
         ),
         config=config,
         renderer=data.renderer,

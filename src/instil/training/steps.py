@@ -14,6 +14,7 @@ from instil.packing.tree import Ints
 
 _STEPS_AN_EPOCH = 32
 _LEAST_TOKENS, _MOST_TOKENS = 2_048, 65_536
+_DEALT = 8_192  # rows that begin alike come together up to so many tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,8 @@ class Steps:
 
     Args:
         trees: One for each row.
-        tokens_per_step: The most tokens of a step's rows, as if nothing were shared (a longer row is a step alone).
+        tokens_per_step: About the most tokens of a step's rows, as if nothing were shared: steps are equal to within
+            the longest row.
         tokens_per_batch: The most tokens of a micro-batch, each shared one once.
         share_prefixes: Whether rows that begin alike share their prefix.
         reason: What that was resolved from.
@@ -53,13 +55,12 @@ class Steps:
         """Resolve what is left open from the counts of the rows."""
         report = plan(trees, tokens_per_batch, seed=seed, share_prefixes=share_prefixes, records=records).report
         size = tokens_per_step or min(max(report.unshared // _STEPS_AN_EPOCH, _LEAST_TOKENS), _MOST_TOKENS)
-        order = deal(trees, tokens_per_batch, seed=seed, records=records)
-        count = _count(_ends(trees, order), size)
+        count = _count(_ends(trees, _order(trees, size, seed, 0, records)), size)
         return cls(trees, size, tokens_per_batch, report.share_prefixes, report.reason, seed, count, records)
 
     def rows(self, epoch: int) -> list[Ints]:
         """The rows of each step of an epoch, all of them once."""
-        order = deal(self.trees, self.tokens_per_batch, seed=self.seed, epoch=epoch, records=self.records)
+        order = _order(self.trees, self.tokens_per_step, self.seed, epoch, self.records)
         return np.split(order, _cuts(_ends(self.trees, order), self.per_epoch))
 
     def batches(self, rows: Ints, number: int) -> Sequence[PackedBatch]:
@@ -88,6 +89,13 @@ class Steps:
             epoch += 1
 
 
+def _order(trees: Sequence[TokenTree], tokens_per_step: int, seed: int, epoch: int, records: Ints | None) -> Ints:
+    """The order of an epoch's rows; how they are split in micro-batches has no part in it."""
+    stored = getattr(trees, "longest", None)
+    longest = max((tree.longest for tree in trees), default=0) if stored is None else int(stored.max(initial=0))
+    return deal(trees, max(longest, min(tokens_per_step, _DEALT)), seed=seed, epoch=epoch, records=records)
+
+
 def _ends(trees: Sequence[TokenTree], order: Ints) -> Ints:
     """(N,) the tokens of the rows up to and including each, in an order, as if nothing were shared."""
     stored = getattr(trees, "unshared", None)
@@ -97,8 +105,8 @@ def _ends(trees: Sequence[TokenTree], order: Ints) -> Ints:
 
 def _count(ends: Ints, size: int) -> int:
     """The fewest equal steps of which none is larger than `size`; a little more rather than many more."""
-    least = max(1, -(-int(ends[-1]) // size))
-    for count in range(least, least + least // 8 + 2):
+    least = min(max(1, -(-int(ends[-1]) // size)), len(ends))
+    for count in range(least, min(least + least // 8 + 2, len(ends) + 1)):
         cuts = [0, *_cuts(ends, count), len(ends)]
         tokens = np.diff(np.concatenate(([0], ends))[cuts])
         if tokens.max() <= size:
@@ -108,7 +116,8 @@ def _count(ends: Ints, size: int) -> int:
 
 def _cuts(ends: Ints, count: int) -> Ints:
     """(count - 1,) where rows are cut into `count` parts of about as many tokens, none of them empty."""
-    cuts = np.searchsorted(ends, np.arange(1, count) * (ends[-1] / count), side="right")
-    least, most = np.arange(1, count), len(ends) - np.arange(count - 1, 0, -1)
-    found: Ints = np.clip(cuts, least, most)
+    least = np.arange(1, count)
+    cuts = np.searchsorted(ends, least * (ends[-1] / count), side="right")
+    cuts = np.maximum.accumulate(np.maximum(cuts, least) - least) + least  # each at least a row after the one before
+    found: Ints = np.minimum(cuts, len(ends) - least[::-1])
     return found
