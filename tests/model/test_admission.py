@@ -94,7 +94,7 @@ class LlamaOfCappedLogits(LlamaForCausalLM):
 
     def forward(self, *args, **kwargs):
         out = super().forward(*args, **kwargs)
-        out.logits = 5 * torch.tanh(out.logits / 5)
+        out.logits = 30 * torch.tanh(out.logits / 30)
         return out
 
 
@@ -133,7 +133,7 @@ REFUSED = {
     TalkativeLlama: "it hands its attention what is not known here: slopes",
     LlamaOfRowPositions: "on a tree its ",
     LlamaOfScaledLogits: "on a tree its loss is off by ",
-    LlamaOfCappedLogits: "on a tree its loss is off by ",
+    LlamaOfCappedLogits: "on a tree its ",
     LlamaOfNeighbours: "on a tree its ",
     LlamaThatFails: "it fails on a tree: no trees,",
     LlamaThatCannotBeMadeSmall: "no small model of its kind could be made to try it on: its vocabulary is part of it",

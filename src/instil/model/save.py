@@ -39,7 +39,7 @@ def save_model(
         folder: Where to write; made if need be.
         growth: What new tokens did to the model, as `reserve_tokens` gave it.
         merge: Write the model with the adapter merged into it, in place of the adapter.
-        dtype: Of the weights in the files; some that a model holds in float32 in any case stay so.
+        dtype: Of the weights in the files; those of an adapter, and some others that are float32 in any case, stay so.
         place: Where the folder will stand, if it is to be moved; `folder` otherwise.
 
     Raises:
@@ -106,7 +106,7 @@ def _save_adapter(model: Any, folder: Path, growth: Growth | None, dtype: torch.
     if biased_rows(model) or not base.name_or_path or (growth is not None and growth.grown):
         _save_full(_base_alone(model), folder / BASE, dtype)
         config.base_model_name_or_path = str(place / BASE)
-    tensors = {name: value.detach().to(dtype).contiguous() for name, value in weights.items()}
+    tensors = {name: value.detach().contiguous() for name, value in weights.items()}  # in float32, as trained
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     config.save_pretrained(str(folder))
 
