@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import transformers
 from hypothesis import strategies as st
+from torch.nn.functional import cross_entropy
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
@@ -84,7 +84,7 @@ def separately(model, records):
         logits = logits_of(model, sequence)
         at = torch.tensor(sequence.targets, device=logits.device)
         ids, weights = torch.tensor(sequence.ids)[at], torch.tensor(sequence.weights)[at]
-        found = F.cross_entropy(logits[at - 1].to(wide(logits.dtype)), ids, reduction="none")
+        found = cross_entropy(logits[at - 1].to(wide(logits.dtype)), ids, reduction="none")
         (found * weights.to(found)).sum().backward()
         losses.append(found.detach())
     return torch.cat(losses), gradients(model)

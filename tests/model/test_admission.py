@@ -1,4 +1,4 @@
-"""Models that read trees rightly are admitted, others refused, with the reason; and those train exactly all the same."""
+"""Models that read trees rightly are admitted, others refused, with the reason; and those train as exactly."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def admitted(model):
     return TreeModel(model).one_by_one
 
 
-class OwnAttention(nn.Module):
+class ByRows(nn.Module):  # transformers lets no model choose its attention whose file has an `Attention(nn.Module)`
     """Attention that is causal by rows, and knows of no interface."""
 
     def __init__(self, inner):
@@ -54,7 +54,7 @@ class LlamaOfRows(LlamaForCausalLM):
     def __init__(self, config):
         super().__init__(config)
         for layer in self.model.layers:
-            layer.self_attn = OwnAttention(layer.self_attn)
+            layer.self_attn = ByRows(layer.self_attn)
 
 
 class TalkativeAttention(modeling_llama.LlamaAttention):
@@ -164,7 +164,9 @@ def bloom():
 
 
 def mamba():
-    return shake(MambaForCausalLM(MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, state_size=4)))
+    return shake(
+        MambaForCausalLM(MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, state_size=4))
+    )
 
 
 @pytest.mark.parametrize(
@@ -207,7 +209,9 @@ def test_admission_leaves_the_model_and_the_dice_alone():
 
 
 def test_the_small_model_is_of_the_same_kind():
-    model = random_model("gemma2", torch.bfloat16, num_hidden_layers=6, layer_types=["sliding_attention"] * 5 + ["full_attention"])
+    model = random_model(
+        "gemma2", torch.bfloat16, num_hidden_layers=6, layer_types=["sliding_attention"] * 5 + ["full_attention"]
+    )
     tiny = tiny_model(model)
     assert type(tiny) is type(model)
     assert all(each.dtype == torch.float64 for each in tiny.parameters())

@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 
@@ -58,9 +58,7 @@ def both(forest, inputs, sinks=None, window=None, softcap=None, scaling=None):
     """The output and the gradients of queries, keys, values (and sinks) by the function, and by definition."""
     result = []
     generator = torch.Generator().manual_seed(1)
-    back = torch.randn(
-        1, forest.size, inputs[0].shape[1], inputs[2].shape[3], generator=generator, dtype=torch.float64
-    )
+    back = torch.randn(1, forest.size, inputs[0].shape[1], inputs[2].shape[3], generator=generator, dtype=torch.float64)
     for dense in (False, True):
         dtype = torch.float64 if dense else inputs[0].dtype
         parts = [each.detach().to(dtype).requires_grad_() for each in inputs]
@@ -124,27 +122,24 @@ def long_forest():
     draw = np.random.default_rng(0)
     trunk, limb = draw.integers(0, 9, 170).tolist(), draw.integers(0, 9, 61).tolist()
     ends = [trunk, trunk + limb, trunk + limb, trunk[:90], []]
-    paths = [[*start, *draw.integers(0, 9, count).tolist()] for start, count in zip(ends, (31, 130, 2, 70, 140), strict=True)]
+    paths = [
+        [*start, *draw.integers(0, 9, count).tolist()] for start, count in zip(ends, (31, 130, 2, 70, 140), strict=True)
+    ]
     return merge([tree_of([Sequence(ids, [1.0] * len(ids), 1)]) for ids in paths])
 
 
 def test_gradients_of_a_prefix_are_summed_in_float32():
-    """So many branches that a sum in bf16 would stand still."""
-    count = 600
-    paths = [[1, 2, 3, 4 + number, 5] for number in range(count)]
+    """What remains of so many branches is the rounding of the sum, and not that of each addition."""
+    paths = [[1, 2, 3, 4 + number, 5] for number in range(600)]
     forest = merge([tree_of([Sequence(ids, [1.0] * len(ids), 1)]) for ids in paths])
-    query, key, value = drawn(forest, 1, 1, 8, 8, torch.bfloat16)
-    branch = slice(3, None)
-    with torch.no_grad():  # each branch sees the same, and hands the same back
-        for each in (query, key, value):
-            each[:, :, branch] = each[:, :, 3:4]
-    out, _ = attend(Layer(), query, key, value, None, layout=Layout(forest, CPU))
-    out[:, branch].sum().backward()
-    truth = [each.detach().double().requires_grad_() for each in (query, key, value)]
-    densely(*truth, sees(forest), 8**-0.5)[:, branch].sum().backward()
-    for found, expected in ((key.grad, truth[1].grad), (value.grad, truth[2].grad)):
-        off = found[:, :, :3].double() - expected[:, :, :3]
-        assert off.norm() < 0.01 * expected[:, :, :3].norm()
+    parts = drawn(forest, 1, 1, 8, 8, torch.bfloat16)
+    out, _ = attend(Layer(), *parts, None, layout=Layout(forest, CPU))
+    out[:, 3:].sum().backward()
+    truth = [each.detach().double().requires_grad_() for each in parts]
+    densely(*truth, sees(forest), 8**-0.5)[:, 3:].sum().backward()
+    for found, expected in zip(parts[1:], truth[1:], strict=True):
+        prefix = expected.grad[:, :, :3]
+        assert (found.grad[:, :, :3].double() - prefix).norm() < 0.004 * prefix.norm()
 
 
 def test_dropout_hides_weights_and_keeps_their_mean():
@@ -171,7 +166,9 @@ def test_branches_share_the_dropout_of_their_prefix(window):
     for count in (2, 4):
         forest = forest_of([[Sequence(prefix + each, [1.0] * (5 + len(each)), 5) for each in answers[:count]]])
         torch.manual_seed(3)
-        inputs = [each.detach()[:, :, :5] for each in drawn(forest_of([[Sequence([*prefix, 0], [1.0] * 6, 5)]]), 2, 2, 4, 4)]
+        inputs = [
+            each.detach()[:, :, :5] for each in drawn(forest_of([[Sequence([*prefix, 0], [1.0] * 6, 5)]]), 2, 2, 4, 4)
+        ]
         rows = [torch.cat([each, torch.randn(1, 2, forest.size - 5, 4, dtype=each.dtype)], 2) for each in inputs]
         torch.manual_seed(0)
         out, _ = attend(Layer(), *rows, None, dropout=0.5, sliding_window=window, layout=Layout(forest, CPU))
@@ -246,7 +243,9 @@ def test_the_blocks_of_flex_attention_hold_what_is_seen(window):
     seen[: forest.size, : forest.size] = sees(forest, window)
     tiles = seen.view(blocks, size, blocks, size)
     assert torch.equal(mask.to_dense()[0, 0].bool(), tiles.any(3).any(1))
-    for row, (number, columns) in enumerate(zip(mask.full_kv_num_blocks[0, 0], mask.full_kv_indices[0, 0], strict=True)):
+    for row, (number, columns) in enumerate(
+        zip(mask.full_kv_num_blocks[0, 0], mask.full_kv_indices[0, 0], strict=True)
+    ):
         assert tiles[row][:, columns[:number]].all()
 
 
@@ -262,11 +261,3 @@ def test_the_road_of_trees_on_cuda_is_the_rule(options, monkeypatch):
         found = attention._on_cuda(*inputs, Layout(forest, CPU), 0.3, **chosen)
     expected = densely(*inputs, sees(forest, chosen["window"]), 0.3, chosen["softcap"])
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
-
-
-@given(forests())
-def test_random_forests_branch(records):
-    """Most of them: what these tests are about."""
-    forest = forest_of(records)
-    assume(forest.size < forest.unshared)
-    assert not Layout(forest, CPU).plain or forest.exchanges > 1

@@ -164,7 +164,9 @@ def test_any_micro_batches_give_the_same_step(data):
     order = data.draw(st.permutations(range(len(trees))))
     cuts = sorted(data.draw(st.sets(st.integers(1, len(trees) - 1))))
     batches = [
-        forest_of([records[each] for each in part]) if data.draw(st.booleans()) else concatenate([trees[i] for i in part])
+        forest_of([records[each] for each in part])
+        if data.draw(st.booleans())
+        else concatenate([trees[i] for i in part])
         for part in np.split(np.array(order), cuts)
     ]
     with Float64():
@@ -253,7 +255,10 @@ class Autocast:
 
 @pytest.mark.parametrize(
     ("kind", "seeds"),
-    [("llama", 3), *(pytest.param(kind, 6, marks=pytest.mark.prove) for kind in ("gemma2", "gpt2", "mistral", "qwen3"))],
+    [
+        ("llama", 3),
+        *(pytest.param(kind, 6, marks=pytest.mark.prove) for kind in ("gemma2", "gpt2", "mistral", "qwen3")),
+    ],
 )
 def test_the_gradient_of_72_branches_in_bf16_is_as_near_the_truth_as_that_of_72_sequences(kind, seeds):
     """Rounding is chance: one prompt's gradient may be nearer either way, that of several is not."""

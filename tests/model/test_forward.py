@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn.functional import cross_entropy
 
 from instil.model import forward
 from instil.model.forward import TreeModel
@@ -37,7 +37,7 @@ def test_cross_entropy_is_that_of_torch(case, dtype):
         (found * weights.to(found)).sum().backward()
     wide = torch.promote_types(dtype, torch.float32)
     reference = logits.to(wide).requires_grad_()
-    expected = F.cross_entropy(reference[row_of], ids, reduction="none")
+    expected = cross_entropy(reference[row_of], ids, reduction="none")
     (expected * weights.to(wide)).sum().backward()
     assert found.dtype == expected.dtype == wide
     assert given_.grad.dtype == dtype
@@ -124,7 +124,7 @@ def test_losses_stand_in_the_order_of_targets_whatever_is_read_in_one_go():
             losses = reader.losses(forest)
             for number, sequence in enumerate(sequences):
                 logits = logits_of(model, sequence)
-                expected = F.cross_entropy(logits, torch.tensor(sequence.ids[1:]), reduction="none")
+                expected = cross_entropy(logits, torch.tensor(sequence.ids[1:]), reduction="none")
                 torch.testing.assert_close(losses[forest.target_exchange == number], expected, rtol=1e-10, atol=0)
 
 

@@ -54,6 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; exit with 2 on an error of the user, with 128 and its number on a signal."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found": it is not needed
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault(
+        "OMP_WAIT_POLICY", "passive"
+    )  # beside other work, threads that wait busily wait 20 times as long
     _open_streams()
     _heed_signals()
     tokens: list[str] = []

@@ -122,6 +122,8 @@ def attend(
     """
     if layout is None:
         more = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window, **others}
+        if softcap is not None or s_aux is not None:
+            return _masked(query, key, value, attention_mask, scaling, dropout, softcap, s_aux), None
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **more)
         return out, None
     unknown_arguments.update(name for name, value in others.items() if name not in _IGNORED and value is not None)
@@ -136,6 +138,32 @@ def attend(
     if kernels and window is None and softcap is None:
         return _Flash.apply(query, key, value, layout, scale), None  # type: ignore[no-untyped-call]
     return _by_definition(query, key, value, layout, scale, dropout, window, softcap, s_aux), None
+
+
+def _masked(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """(B, T, H, E): what `sdpa` does not know, over batches that are no trees (generation, a plain evaluation)."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (each.repeat_interleave(groups, 1) for each in (key, value))
+    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril(key.shape[2] - query.shape[2])
+    scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
+    weights = torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
+    weights = torch.nn.functional.dropout(weights[..., : key.shape[2]].nan_to_num(), dropout)
+    return (weights @ value).transpose(1, 2)
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:

@@ -57,6 +57,8 @@ class TreeModel:
         """
         losses, places = [], []
         for part, targets in self._parts(batch):
+            if self._regime is not None and self._regime[1]:
+                _forget_lengths(self.base)
             losses.append(self._losses(part))
             places.append(targets)
         order = torch.from_numpy(np.argsort(np.concatenate(places))) if len(places) > 1 else None
@@ -67,6 +69,10 @@ class TreeModel:
         lengths = batch.path_lengths
         if self.one_by_one:
             groups = _paths(batch)
+            if self._regime is not None:
+                limit, alone = self._regime
+                kind = np.where(lengths > limit, lengths if alone else 1, 0)
+                groups = [group[kind[group] == each] for group in groups for each in np.unique(kind[group])]
         elif self._regime is None:
             groups = [np.arange(batch.exchanges)]
         else:  # a path is rotated otherwise beside a longer one
@@ -175,6 +181,14 @@ class _CrossEntropy(torch.autograd.Function):
             grad.index_put_((row_of[here] - at, ids[here]), -grads[0][here], accumulate=True)
             pieces.append(grad.to(logits.dtype))
         return torch.cat(pieces), None, None
+
+
+def _forget_lengths(model: Any) -> None:
+    """Dynamic RoPE keeps the frequencies of the longest sequence so far; a path alone has its own."""
+    for module in model.modules():
+        if "max_seq_len_cached" in module.__dict__ and "original_max_seq_len" in module.__dict__:
+            module.max_seq_len_cached = module.original_max_seq_len
+            module.register_buffer("inv_freq", module.original_inv_freq.to(module.inv_freq.device), persistent=False)
 
 
 def _paths(batch: PackedBatch) -> list[Ints]:
