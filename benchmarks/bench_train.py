@@ -20,7 +20,7 @@ TRL, best  the settings of it that were fastest on this kind of machine (`--swee
 Trainer    transformers' own trainer, likewise, in packs of about 1,024. TRL 1.16 computes the head in tiles made for
            GPUs: on a CPU it scores every position, trained or not, once more on the way back, and makes its gradients
            in fp32. Transformers' trainer scores them once, in bf16: it is the one to beat.
-Instil     `fit` with `share_prefixes="auto"`, 8,192 tokens to a batch, bf16.
+Instil     `fit` with `share_prefixes="auto"`, bf16; 8,192 tokens to a batch, on a CPU 2,048 under `rows`.
 
 `--variants` adds Instil in fp32, and with and without compilation.
 
@@ -114,9 +114,14 @@ SWEEP: dict[str, dict[str, Any]] = {
 LEARNING_RATE = {"full": 3e-4, "lora": 1e-3}
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 TOKENS_PER_BATCH = 8192
+ON_CPU = 2048  # of rows that share nothing: what their batch takes in memory is near what TRL's packs take
 TRL_LENGTH = 1024  # SFTConfig's own `max_length`
 FIRST_LOSS = 0.02  # relative: the first steps hold other rows, but the weights are the same
 BYTES_PER_PARAMETER = 16  # fp32 weights, gradients and AdamW's two moments
+
+
+def tokens_per_batch(task: dict[str, Any]) -> int:
+    return ON_CPU if task["case"] == "rows" and task["device"] == "cpu" else TOKENS_PER_BATCH
 
 
 def best_of(task: dict[str, Any]) -> dict[str, Any]:
@@ -508,7 +513,13 @@ def run_instil(task: dict[str, Any]) -> dict[str, Any]:
 
     model.losses = losses  # type: ignore[method-assign]
     outcome = fit(
-        model, trees, options, tokens_per_batch=TOKENS_PER_BATCH, share_prefixes="auto", seed=0, watchers=[Watch()]
+        model,
+        trees,
+        options,
+        tokens_per_batch=tokens_per_batch(task),
+        share_prefixes="auto",
+        seed=0,
+        watchers=[Watch()],
     )
 
     def read(batch: Any) -> list[tuple[list[int], list[int]]]:

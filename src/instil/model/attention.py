@@ -124,20 +124,25 @@ def attend(
         more = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window, **others}
         if softcap is not None or s_aux is not None:
             return _masked(query, key, value, attention_mask, scaling, dropout, softcap, s_aux), None
-        out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **more)
-        return out, None
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **more)[0], None
     unknown_arguments.update(name for name, value in others.items() if name not in _IGNORED and value is not None)
     if attention_mask is not None:
         unknown_arguments.add("attention_mask")
-    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotation leaves them in float32
+    dtype = value.dtype
+    if query.is_cuda:
+        query, key = query.to(dtype), key.to(dtype)  # under autocast, rotation leaves them in float32
+    else:  # where the kernel is no slower in float32, and sums over many branches need it
+        query, key, value = (each.to(torch.promote_types(dtype, torch.float32)) for each in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = sliding_window if sliding_window is not None and sliding_window < layout.longest else None
     kernels = not dropout and s_aux is None and query.shape[-1] == value.shape[-1]
     if kernels and query.is_cuda:
         return _on_cuda(query, key, value, layout, scale, window, softcap), None
     if kernels and window is None and softcap is None:
-        return _Flash.apply(query, key, value, layout, scale), None  # type: ignore[no-untyped-call]
-    return _by_definition(query, key, value, layout, scale, dropout, window, softcap, s_aux), None
+        out: Tensor = _Flash.apply(query, key, value, layout, scale)  # type: ignore[no-untyped-call]
+    else:
+        out = _by_definition(query, key, value, layout, scale, dropout, window, softcap, s_aux)
+    return out.to(dtype), None
 
 
 def _masked(
@@ -181,15 +186,13 @@ class _Flash(torch.autograd.Function):
     """The CPU's flash kernel on the blocks of a forest.
 
     A block's result and its log-sum-exp are merged into those of the rows' other blocks. Going back, each block is
-    given the merged result and log-sum-exp of its rows: then its weights are those of the whole softmax. The gradients
-    of a shared prefix, to which many branches add, are summed in float32 at least.
+    given the merged result and log-sum-exp of its rows: then its weights are those of the whole softmax.
     """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
-        wide = query.dtype if layout.plain or query.dtype == torch.float64 else torch.float32
-        out = query.new_empty((1, query.shape[2], query.shape[1], query.shape[3]), dtype=wide).transpose(1, 2)
-        lse = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))  # (1, H, T)
+        out = query.new_empty((1, query.shape[2], query.shape[1], query.shape[3])).transpose(1, 2)  # (1, H, T, D)
+        lse = query.new_empty(query.shape[:3])  # (1, H, T)
         for start, stop, _ in layout.chains:
             own = slice(start, stop)
             parts = (each[:, :, own] for each in (query, key, value))
@@ -204,32 +207,31 @@ class _Flash(torch.autograd.Function):
                 lse[:, :, below] = both
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.layout, ctx.scale = layout, scale
-        return out.transpose(1, 2).to(query.dtype)
+        return out.transpose(1, 2)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse = ctx.saved_tensors
         result = grads[0].transpose(1, 2)  # (1, H, T, D)
-        totals = [torch.zeros_like(each, dtype=out.dtype) for each in (query, key, value)]
+        totals = [torch.zeros_like(each) for each in (query, key, value)]
 
-        def add(queries: slice, keys: slice, dtype: torch.dtype, causal: bool) -> None:
-            parts = (
+        def add(queries: slice, keys: slice, *, causal: bool) -> None:
+            given = (
                 result[:, :, queries],
                 query[:, :, queries],
                 key[:, :, keys],
                 value[:, :, keys],
                 out[:, :, queries],
             )
-            given = (part.to(dtype) for part in parts)
             found = _flash_backward(*given, lse[:, :, queries], 0.0, causal, scale=ctx.scale)
             for total, rows, part in zip(totals, (queries, keys, keys), found, strict=True):
                 total[:, :, rows] += part
 
         for start, stop, end in ctx.layout.chains:
-            add(slice(start, stop), slice(start, stop), query.dtype, True)
+            add(slice(start, stop), slice(start, stop), causal=True)
             if stop < end:
-                add(slice(stop, end), slice(start, stop), out.dtype, False)
-        return (*(total.to(query.dtype) for total in totals), None, None)
+                add(slice(stop, end), slice(start, stop), causal=False)
+        return (*totals, None, None)
 
 
 def _by_definition(
