@@ -124,12 +124,15 @@ def check_vocabulary(model: nn.Module, tokenizer: Tokenizer) -> None:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without the log of transformers: what it warns of is an error here, or expected."""
-    before = logging.get_verbosity()
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def grow(model: nn.Module, rows: int) -> None:

@@ -239,6 +239,8 @@ class _Evaluations:
                 for parameter, kept in zip(run.parameters, self.kept, strict=True):
                     parameter.copy_(kept)
         run.model.model.eval()
+        if run.resolved.settings["activation_checkpointing"]:
+            run.model.base.activation_checkpointing_disable()
         seconds = time.perf_counter() - run.began
         return Outcome(last, run.history, self.found, None if best == last else best, self.stopped, seconds)
 
