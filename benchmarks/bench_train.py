@@ -62,6 +62,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from bench_prepare import processor
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden": 64, "layers": 2, "heads": 4, "inner": 176, "vocabulary": 512},
@@ -832,14 +833,6 @@ def facts(cuda: bool) -> str:
 
         machine = f"{torch.cuda.get_device_name(0)}; {machine}"
     return f"{machine}; Python {platform.python_version()}, {', '.join(found)}"
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

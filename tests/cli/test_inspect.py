@@ -41,24 +41,6 @@ def rows(tmp_path):
     return str(file)
 
 
-@pytest.fixture
-def instil(tmp_path):
-    def run(*arguments, code=0, stdin=None, **env):
-        done = subprocess.run(
-            [sys.executable, "-m", "instil", *arguments],
-            capture_output=True,
-            text=True,
-            input=stdin,
-            cwd=tmp_path,
-            env={**os.environ, "INSTIL_CACHE": str(tmp_path / "cache"), "COLUMNS": "200", **env},
-        )
-        assert done.returncode == code, done.stdout + done.stderr
-        assert "Traceback" not in done.stderr
-        return done
-
-    return run
-
-
 def test_json_holds_what_is_trained(instil, tokenizer, rows):
     done = instil("inspect", "--tokenizer", tokenizer, "--data", rows, "--template", "alpaca", "--json")
     shown = [json.loads(line) for line in done.stdout.splitlines()]

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,24 +18,6 @@ from instil.training.events import Evaluation, Resolved, Step
 
 DATA = str(sample_data()[0])
 COMMON = ["--model", "m", "--data", DATA]
-
-
-@pytest.fixture
-def instil(tmp_path):
-    def run(*arguments, code=0, stdin=None, **env):
-        done = subprocess.run(
-            [sys.executable, "-m", "instil", *arguments],
-            capture_output=True,
-            text=True,
-            input=stdin,
-            cwd=tmp_path,
-            env={**os.environ, "INSTIL_CACHE": str(tmp_path / "cache"), "COLUMNS": "200", **env},
-        )
-        assert done.returncode == code, done.stdout + done.stderr
-        assert "Traceback" not in done.stderr
-        return done
-
-    return run
 
 
 def test_help_names_every_setting(instil):
