@@ -112,8 +112,8 @@ def test_an_adapter_is_loaded_by_plain_peft(folder, tuned):
     before = (tuned / "model.safetensors").read_bytes()
     instil(
         folder,
-        *("--model", "tuned", "--data", "upper.jsonl", "--output", "adapter", "--adapter", "lora", "--lora-rank", "8"),
-        *("--learning-rate", "1e-2", "--max-steps", "60", "--precision", "fp32"),
+        *("--model", "tuned", "--data", "upper.jsonl", "--output", "adapter", "--adapter", "lora", "--lora-rank", "32"),
+        *("--learning-rate", "5e-3", "--max-steps", "250", "--precision", "fp32"),
     )
     assert (tuned / "model.safetensors").read_bytes() == before
     assert not (folder / "adapter" / "model.safetensors").exists()
