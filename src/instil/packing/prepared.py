@@ -229,8 +229,8 @@ def _parts_of_workers(records: Records, encoder: RecordEncoder, workers: int) ->
             process = context.Process(target=_work, args=(sender, records, encoder, number, workers), daemon=True)
             with _signals_held():
                 process.start()
+                processes.append(process)
             sender.close()
-            processes.append(process)
             receivers.append(receiver)
         while receivers:
             for receiver in list(receivers):
