@@ -1,4 +1,4 @@
-"""The file of a run's measurements: one JSON object a line, written as they come."""
+"""The file of a run's measurements: one JSON object a line."""
 
 from __future__ import annotations
 
@@ -7,64 +7,13 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from instil.errors import UsageError
-from instil.training.events import Evaluation, Resolved, Step
+from instil.training.events import Evaluation, Step
 
 _STEP = tuple(field.name for field in fields(Step))
 _EVALUATION = tuple(field.name for field in fields(Evaluation))
-
-
-class MetricsFile:
-    """A watcher that appends each step and each evaluation to a file, a line at a time.
-
-    A line is on disk before the next step begins. What is no finite number is written as null, so that every line is
-    strict JSON. `with` closes it.
-
-    Args:
-        path: The file; what it holds already stays.
-
-    Raises:
-        UsageError: The file cannot be written.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        try:
-            self._file = self.path.open("a", encoding="utf-8", newline="\n")
-        except OSError as error:
-            raise UsageError(
-                f"{path}: metrics cannot be written there: {error.strerror}", "Name a file in a folder that takes it."
-            ) from error
-
-    def started(self, resolved: Resolved) -> None:
-        """Nothing is written: what was resolved stands in `instil.json`."""
-
-    def stepped(self, step: Step) -> None:
-        """Append a step."""
-        self._write(step)
-
-    def evaluated(self, evaluation: Evaluation) -> None:
-        """Append an evaluation."""
-        self._write(evaluation)
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-    def __enter__(self) -> MetricsFile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _write(self, event: Step | Evaluation) -> None:
-        self._file.write(to_line(event))
-        self._file.flush()
 
 
 def to_line(event: Step | Evaluation) -> str:
