@@ -7,7 +7,8 @@ InstilError             anything below; the command prints it without a tracebac
 ├── TemplateError       a chat template, or a conversation it does not fit
 ├── PackingError        rows that fit no batch
 ├── ModelError          a model or an adapter that cannot be loaded, tuned or saved
-└── TrainingError       a run that cannot be started or carried on
+├── TrainingError       a run that cannot be started or carried on
+└── Interrupted         a run that was asked to stop, and has saved its state
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 
 class InstilError(Exception):
@@ -58,6 +60,21 @@ class ModelError(InstilError):
 
 class TrainingError(InstilError):
     """A run that cannot be started or carried on."""
+
+
+class Interrupted(InstilError):  # noqa: N818 (no mistake, as KeyboardInterrupt is none)
+    """A run that was asked to stop, and has saved its state.
+
+    Args:
+        step: The last step it took.
+        signal: The number of the signal that asked; 0 where another process was asked.
+        saved: The checkpoint that holds its state; None if none are written.
+    """
+
+    def __init__(self, step: int, signal: int, saved: Path | None) -> None:
+        kept = f"its state is in {saved}" if saved else "its state is not kept (--keep-checkpoints 0)"
+        super().__init__(f"stopped after step {step:,}: {kept}", "Go on with --resume." if saved else "")
+        self.exit_code = 128 + (signal or 15)
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,7 +103,10 @@ def test_micro_batches_hold_the_rows_of_their_step(rows, size, spare, share, see
     budget = longest_path(rows) + spare
     steps = Steps.of(trees_of(rows), size, budget, share, seed)
     planned = [step for epoch in range(2) for step in steps.rows(epoch)]
-    for step, batches in zip(planned, islice(steps, len(planned)), strict=True):
+    for number, (step, (numbered, batches)) in enumerate(
+        zip(planned, islice(steps.after(0), len(planned)), strict=True), 1
+    ):
+        assert numbered == number
         found: Counter = Counter()
         for batch in batches:
             assert 0 < batch.size <= budget

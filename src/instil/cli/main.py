@@ -220,8 +220,9 @@ def _placed(message: str, file: str | None, settings: Mapping[str, Any], tokens:
 
 
 def _fail(message: str, exit_code: int, *, lost: bool = False) -> NoReturn:
+    rank = os.environ.get("RANK")  # of several processes that torchrun started
     try:
-        sys.stderr.write(f"instil: {message}\n")
+        sys.stderr.write(f"instil{f' (process {rank})' if rank else ''}: {message}\n")
         sys.stderr.flush()
     except OSError:
         lost = True

@@ -93,14 +93,8 @@ class Progress:
 
 def show_resolved(resolved: Resolved, console: Console) -> None:
     """Print what a run does as a table of names and values."""
-    values: Mapping[str, Any] = {
-        "steps": resolved.steps,
-        "epochs": resolved.epochs,
-        "tokens_per_step": resolved.tokens_per_step,
-        **resolved.settings,
-    }
     grid = Table.grid(padding=(0, 2))
-    for name, value in values.items():
+    for name, value in resolved.to_json().items():
         grid.add_row(Text(name.replace("_", " "), "bold"), Text(_shown(value)))
     console.print(grid)
 

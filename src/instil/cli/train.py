@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from contextlib import nullcontext
 from typing import Annotated, Any
 
-import yaml
 from cyclopts import Parameter
 from pydantic import Field, model_validator
 
 from instil.cli.main import REMEDIES
+from instil.cli.stopping import Stopping
 from instil.errors import UsageError
 from instil.training.config import TrainConfig, check
 from instil.training.events import Outcome
@@ -59,7 +61,7 @@ def train(*, options: Annotated[TrainCommand | None, Parameter(name="*")] = None
         return
     config = options.config()
     if options.print_config:
-        sys.stdout.write(to_yaml(config))
+        sys.stdout.write(config.to_yaml())
         return
     for remark in config.remarks():
         sys.stderr.write(f"instil: note: {remark}\n")
@@ -67,12 +69,6 @@ def train(*, options: Annotated[TrainCommand | None, Parameter(name="*")] = None
         _show(config)
     else:
         _train(config)
-
-
-def to_yaml(config: TrainConfig) -> str:
-    """Every setting that has a value, as `--config` takes it."""
-    values = {name: value for name, value in config.model_dump(mode="json").items() if value not in (None, [], {})}
-    return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=10_000))
 
 
 def schema() -> dict[str, Any]:
@@ -102,12 +98,15 @@ def _train(config: TrainConfig) -> None:
     from instil.training.output import check_output
 
     assert config.output is not None
-    check_output(config.output)  # before torch is loaded, which takes its time
+    check_output(config.output, resume=config.resume)  # before torch is loaded, which takes its time
     from instil.training import train as run
 
     _hush()
-    with Progress() as progress:
-        outcome = run(config, [progress])
+    speaks = os.environ.get("RANK", "0") == "0"  # of several processes that torchrun started
+    with Progress() if speaks else nullcontext() as progress, Stopping() as stopping:
+        outcome = run(config, [stopping, *([progress] if progress else [])], stopping=stopping.asked)
+    if not speaks:
+        return
     notes = "".join(f"instil: note: {note}\n" for note in outcome.notes)
     sys.stderr.write(f"instil: {_summary(outcome)}\n{notes}instil: wrote {config.output}\n")
 
@@ -126,6 +125,9 @@ def _summary(outcome: Outcome) -> str:
         said += f", loss {outcome.history[0].loss:.4f} to {outcome.history[-1].loss:.4f}"
     if outcome.evaluations:
         said += f", held-out loss {outcome.evaluations[0].eval_loss:.4f} to {outcome.evaluations[-1].eval_loss:.4f}"
+    skipped = sum(not step.taken for step in outcome.history)
+    if skipped:
+        said += f"; {skipped:,} steps were skipped, for their loss or gradient was no finite number"
     if outcome.stopped_early:
         said += "; ended early, for the held-out loss fell no more"
     if outcome.best_step is not None:

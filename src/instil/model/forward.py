@@ -21,7 +21,7 @@ LOGITS_AT_ONCE = 1 << 28
 _ROWS_AT_ONCE = 128  # whose logits are worked on in float32 while they are in the processor's cache
 
 
-class TreeModel:
+class TreeModel(nn.Module):
     """A causal language model and the way it reads packed batches.
 
     Args:
@@ -32,13 +32,23 @@ class TreeModel:
     """
 
     def __init__(self, model: nn.Module, *, bf16: bool = False, one_by_one: str | None = None) -> None:
+        super().__init__()
         self.model = cast(Any, model)
-        self.base = self.model.get_base_model() if hasattr(model, "get_base_model") else self.model
         self.bf16 = bf16
         self.one_by_one = admit(self.base, _reading) if one_by_one is None else one_by_one
         self._regime = _regime(self.base.config)
         if not self.one_by_one:
             self.base.set_attn_implementation(NAME)
+
+    @property
+    def base(self) -> Any:
+        """The causal language model itself, without what peft puts around it."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    @property
+    def in_one_go(self) -> bool:
+        """Whether any batch is read by one call of the model."""
+        return not self.one_by_one and self._regime is None
 
     @property
     def device(self) -> torch.device:

@@ -134,6 +134,16 @@ class StoredTrees(Sequence[TokenTree]):
         """(exchanges,) int8: the place of each exchange's label in LABELS."""
         return self._arrays["exchange_label"]
 
+    @property
+    def highest_id(self) -> int:
+        """The highest id of any token."""
+        return int(self._arrays["input_ids"].max(initial=0))
+
+    @property
+    def weight(self) -> float:
+        """The sum of the weights of all targets."""
+        return float(self._arrays["target_weights"].sum(dtype=float))
+
     def name(self, index: int) -> str:
         """Where the row of a tree stands, as `file:line`."""
         file, line, column = (int(self._arrays[name][index]) for name in ("file", "line", "column"))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import yaml
 from pydantic import Field, field_validator, model_validator
 
 from instil.data.options import DataOptions
-from instil.errors import UsageError
+from instil.errors import UsageError, nearest
 from instil.model.options import ModelOptions
 from instil.packing.options import PackOptions
 from instil.prompt.options import PromptOptions
@@ -42,6 +43,11 @@ class TrainConfig(OutputOptions, TrainOptions, ModelOptions, PackOptions, Prompt
         """Where the tokenizer is: named by itself, or beside the model or the configuration."""
         return self.tokenizer or self.model or str(self.init)
 
+    def to_yaml(self) -> str:
+        """Every setting that has a value, as `--config` takes it."""
+        values = {name: value for name, value in self.model_dump(mode="json").items() if value not in (None, [], {})}
+        return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=10_000))
+
     def remarks(self) -> list[str]:
         """What is no mistake and may yet surprise, a sentence each."""
         said = []
@@ -59,6 +65,7 @@ def check(config: TrainConfig) -> None:
     _check_model(config)
     _check_adapter(config)
     _check_evaluation(config)
+    _check_resume(config)
 
 
 def _check_model(config: TrainConfig) -> None:
@@ -111,6 +118,15 @@ def _check_evaluation(config: TrainConfig) -> None:
                 )
     if "-" in config.data and "-" in config.eval_data:
         raise UsageError("--data - and --eval-data -: there is one standard input", "Name a file for one of them.")
+
+
+def _check_resume(config: TrainConfig) -> None:
+    if config.allow_changed and not config.resume:
+        raise UsageError("--allow-changed: says what may differ on --resume", "Add --resume, or leave it out.")
+    known = {*TrainConfig.model_fields, "weights"}
+    for name in config.allow_changed:
+        if name.replace("-", "_") not in known:
+            raise UsageError(f"--allow-changed {name}: there is no such setting", nearest(name, known).capitalize())
 
 
 def _flag(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -23,6 +24,11 @@ class Resolved:
     epochs: float
     tokens_per_step: int
     settings: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it by name, as plain JSON values."""
+        counts = {"steps": self.steps, "epochs": self.epochs, "tokens_per_step": self.tokens_per_step}
+        return {**counts, **self.settings}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +54,11 @@ class Step:
     trained_tokens: int
     tokens_per_second: float
     seconds: float
+
+    @property
+    def taken(self) -> bool:
+        """Whether the weights were changed: not where the loss or the gradient was no finite number."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from instil.errors import TrainingError
+from instil.errors import Interrupted, TrainingError
 from instil.model.forward import TreeModel
 from instil.objectives import supervised
-from instil.packing import PackedBatch, TokenTree, pack
+from instil.packing import PackedBatch, StoredTrees, TokenTree, pack
 from instil.packing.packs import Sharing
 from instil.packing.tree import Ints
+from instil.training.checkpoint import Checkpoint, Checkpoints
+from instil.training.distributed import Processes, shard, whole
 from instil.training.events import Evaluation, Outcome, Resolved, Step, Watcher
 from instil.training.memory import Memory, estimate, keep_freed_blocks
-from instil.training.optimizer import adamw, learning_rate
+from instil.training.optimizer import adamw, learning_rate, restore_state, state_of
 from instil.training.options import TrainOptions
 from instil.training.steps import Steps
 
@@ -39,6 +43,10 @@ def fit(
     share_prefixes: Sharing = "auto",
     seed: int = 0,
     watchers: Sequence[Watcher] = (),
+    processes: Processes | None = None,
+    checkpoints: Checkpoints | None = None,
+    resume: Checkpoint | None = None,
+    stopping: Callable[[], int] = lambda: 0,
 ) -> Outcome:
     """Train a model on the rows' trees; it has the best weights afterwards, where they were compared.
 
@@ -52,28 +60,86 @@ def fit(
         share_prefixes: Whether rows that begin alike share their prefix.
         seed: Decides the order of the rows and dropout.
         watchers: Are told of every step and evaluation.
+        processes: Those that train together; all are given the same arguments but for `watchers`.
+        checkpoints: Where the state is written from time to time.
+        resume: What to go on from.
+        stopping: Asked after each step for the number of a signal upon which to stop; 0 goes on.
 
     Raises:
-        TrainingError: There is nothing to train, or the loss is no number.
+        TrainingError: There is nothing to train, it does not fit into memory, or the loss is no number.
+        Interrupted: `stopping` said so; the state is saved.
     """
-    if not len(trees if rows is None else rows):
-        raise TrainingError("there are no rows to train", "Give some.")
-    steps = Steps.of(trees, options.tokens_per_step, tokens_per_batch, share_prefixes, seed, rows)
-    resolved = resolve(model, steps, options)
+    processes = processes or Processes()
+    _check(model, trees, rows, sharded=options.shard and processes.size > 1)
+    steps = Steps.of(
+        trees, options.tokens_per_step, tokens_per_batch, share_prefixes, seed, rows, processes=processes.size
+    )
+    resolved = resolve(model, steps, options, resume)
     _prepare(model, resolved)
-    run = _Run(model, resolved, options, watchers)
+    if options.shard and processes.size > 1:
+        shard(model, _layers(model), ["losses"])
+    run = _Run(model, resolved, options, watchers, processes, seed, _naming(trees))
+    evaluations = _Evaluations(run, held_out, options, tokens_per_batch)
+    if resume is not None:
+        run.restore(resume)
+        evaluations.restore(resume)
     for watcher in watchers:
         watcher.started(resolved)
-    torch.manual_seed(seed)
-    evaluations = _Evaluations(run, held_out, options, tokens_per_batch)
-    for number, batches in enumerate(islice(steps, resolved.steps), 1):
+    if evaluations.batches and resume is None:
+        evaluations.run(0)
+    done = len(run.history)
+    left = 0 if evaluations.stopped else max(0, resolved.steps - done)
+    for number, batches in islice(steps.after(done), left):
         run.step(number, batches)
-        if evaluations.are_due(number) and evaluations.run(number):
+        ended = evaluations.are_due(number) and evaluations.run(number)
+        asked = stopping()
+        interrupted = processes.total(asked)[0] > 0
+        saved = None
+        if (
+            checkpoints is not None
+            and checkpoints.keep
+            and (interrupted or ended or checkpoints.due(number, resolved.steps))
+        ):
+            state = {**run.state(), **evaluations.state()}
+            saved = checkpoints.save(number, state, run.history, evaluations.found)
+        if ended:
             break
+        if interrupted and number < resolved.steps:
+            raise Interrupted(number, asked, saved)
     return evaluations.finish()
 
 
-def resolve(model: TreeModel, steps: Steps, options: TrainOptions) -> Resolved:
+def _check(model: TreeModel, trees: Sequence[TokenTree], rows: Ints | None, *, sharded: bool) -> None:
+    """Refuse what could not be trained, before the first step."""
+    if sharded and not model.in_one_go:
+        raise TrainingError(
+            "--shard: this model reads some rows apart from others, and its processes would wait for each other: "
+            + (model.one_by_one or "long paths are rotated otherwise"),
+            "Leave --shard out: each process then holds all of the model.",
+        )
+    if not len(trees if rows is None else rows):
+        raise TrainingError("there are no rows to train", "Give some.")
+    if isinstance(trees, StoredTrees):
+        weight, highest = trees.weight, trees.highest_id
+    else:
+        weight = sum(float(tree.target_weights.sum()) for tree in trees)
+        highest = max(int(tree.input_ids.max(initial=0)) for tree in trees)
+    if not weight:
+        raise TrainingError("no token of any row has a weight", "Give rows an answer that is trained.")
+    embeddings = model.base.get_input_embeddings().weight.shape[0]
+    if highest >= embeddings:
+        where = next(index for index, tree in enumerate(trees) if tree.input_ids.max(initial=0) >= embeddings)
+        raise TrainingError(
+            f"{_naming(trees)(where)}: holds the token id {highest:,}, and the model has {embeddings:,} embeddings",
+            "Encode the rows with the model's own tokenizer.",
+        )
+
+
+def _naming(trees: Sequence[TokenTree]) -> Callable[[int], str]:
+    return trees.name if isinstance(trees, StoredTrees) else lambda index: f"row {index}"
+
+
+def resolve(model: TreeModel, steps: Steps, options: TrainOptions, resume: Checkpoint | None = None) -> Resolved:
     """Settle what is left to the counts.
 
     Raises:
@@ -102,6 +168,13 @@ def resolve(model: TreeModel, steps: Steps, options: TrainOptions) -> Resolved:
         "eval_every": options.eval_every or max(1, count // 10),
         "memory": str(memory),
     }
+    if steps.processes > 1:
+        settings["processes"] = (
+            f"{steps.processes}, {'each with a part' if options.shard else 'each with all'} of the model"
+        )
+    if resume is not None:
+        settings["resumed_from"] = str(resume.folder)
+        settings |= {"passed_over": "; ".join(resume.passed)} if resume.passed else {}
     return Resolved(count, count / steps.per_epoch, steps.tokens_per_step, settings)
 
 
@@ -129,9 +202,12 @@ def _prepare(model: TreeModel, resolved: Resolved) -> None:
     if resolved.settings["activation_checkpointing"]:
         model.base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     if resolved.settings["compile"]:
-        for layer in model.base.modules():
-            if isinstance(layer, GradientCheckpointingLayer):
-                layer.compile(dynamic=True)
+        for layer in _layers(model):
+            layer.compile(dynamic=True)
+
+
+def _layers(model: TreeModel) -> list[GradientCheckpointingLayer]:
+    return [each for each in model.base.modules() if isinstance(each, GradientCheckpointingLayer)]
 
 
 def _trained(model: TreeModel) -> list[torch.nn.Parameter]:
@@ -142,57 +218,154 @@ class _Run:
     """A run under way: the optimizer, and what it has come to."""
 
     def __init__(
-        self, model: TreeModel, resolved: Resolved, options: TrainOptions, watchers: Sequence[Watcher]
+        self,
+        model: TreeModel,
+        resolved: Resolved,
+        options: TrainOptions,
+        watchers: Sequence[Watcher],
+        processes: Processes,
+        seed: int,
+        name: Callable[[int], str],
     ) -> None:
         self.model = model
         self.resolved = resolved
         self.options = options
         self.watchers = watchers
-        self.parameters = _trained(model)
+        self.processes = processes
+        self.seed = seed
+        self.name = name
+        self.named = {name: each for name, each in model.model.named_parameters() if each.requires_grad}
+        self.parameters = list(self.named.values())
         if not self.parameters:
             raise TrainingError("the model has no parameter that is trained", "Train in full, or with --adapter lora.")
         self.optimizer = adamw(model.model, resolved.settings["learning_rate"], options.weight_decay)
         self.history: list[Step] = []
         self.began = time.perf_counter()
 
+    def state(self) -> dict[str, Tensor]:
+        """What is trained and the optimizer's state, by name."""
+        trained = {f"model.{name}": each.detach() for name, each in self.named.items()}
+        return {**trained, **{f"optimizer.{name}": each for name, each in state_of(self.optimizer, self.named).items()}}
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint."""
+        trained = {f"model.{name}": each.detach() for name, each in self.named.items()}
+        held = {
+            name: _like(self.named, name.removeprefix("optimizer."), *kind)
+            for name, kind in checkpoint.kinds().items()
+            if name.startswith("optimizer.")
+        }
+        checkpoint.load({**trained, **held}, self.processes)
+        restore_state(
+            self.optimizer, self.named, {name.removeprefix("optimizer."): each for name, each in held.items()}
+        )
+        self.history = checkpoint.steps
+        ends = [events[-1].seconds for events in (checkpoint.steps, checkpoint.evaluations) if events]
+        self.began -= max(ends)
+
     def step(self, number: int, batches: Sequence[PackedBatch]) -> None:
         """One optimizer step over its micro-batches."""
         began = time.perf_counter()
-        model, settings = self.model, self.resolved.settings
-        model.model.train()
-        weights = sum(map(supervised.weight, batches))  # of the whole step, before its first gradient
-        if not weights:
+        processes = self.processes
+        self.model.model.train()
+        torch.manual_seed(_seed(self.seed, number, processes.rank))
+        mine = processes.share(batches)
+        weight = processes.total(sum(map(supervised.weight, mine)))[0]  # of the whole step, before its first gradient
+        if not weight:
             raise TrainingError(f"step {number}: no token has a weight", "Give its rows an answer that is trained.")
-        total, tokens, trained = 0.0, 0, 0
-        for batch in batches:
-            loss = supervised.loss(model, batch) / weights
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
-            tokens += batch.size
-            trained += int(np.count_nonzero(batch.target_weights))
+        losses = [self._backward(number, batch, weight) for batch in mine]
+        processes.sum_gradients(self.parameters)
         limit = self.options.max_grad_norm
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, math.inf if limit is None else limit))
-        if not math.isfinite(total) or not math.isfinite(norm):
-            raise TrainingError(
-                f"step {number}: the loss is {total:g} and the gradient's norm {norm:g}",
-                "Lower --learning-rate, or train with --precision fp32.",
-            )
+        norm = float(whole(nn.utils.clip_grad_norm_(self.parameters, math.inf if limit is None else limit)))
+        counted = [batch for batch in mine if batch.target_weights.any()]
+        loss, tokens, trained = processes.total(
+            sum(losses),
+            sum(batch.size for batch in counted),
+            sum(int(np.count_nonzero(batch.target_weights)) for batch in counted),
+        )
         rate = learning_rate(
             number,
             self.resolved.steps,
-            settings["warmup_steps"],
-            settings["learning_rate"],
+            self.resolved.settings["warmup_steps"],
+            self.resolved.settings["learning_rate"],
             self.options.schedule,
         )
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
+        if math.isfinite(loss) and math.isfinite(norm):
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+        else:
+            self._skip(
+                number,
+                loss,
+                norm,
+                [b for b, found in zip(mine, losses, strict=True) if not math.isfinite(found)] or mine,
+            )
         self.optimizer.zero_grad(set_to_none=True)
         now = time.perf_counter()
-        step = Step(number, total, rate, norm, tokens, trained, tokens / (now - began), now - self.began)
+        step = Step(number, loss, rate, norm, int(tokens), int(trained), tokens / (now - began), now - self.began)
         self.history.append(step)
         for watcher in self.watchers:
             watcher.stepped(step)
+
+    def _backward(self, number: int, batch: PackedBatch, weight: float) -> float:
+        """Add a micro-batch's part to the gradients; its part of the loss."""
+        with self.processes.together(), _memory_explained(number, batch):
+            loss = supervised.loss(self.model, batch) / weight
+            loss.backward()  # type: ignore[no-untyped-call]
+            return float(loss.detach())
+
+    def _skip(self, number: int, loss: float, norm: float, batches: Sequence[PackedBatch]) -> None:
+        """Stop before the weights are harmed, or go on without the step if that is wished."""
+        rows = {self.name(int(index)) for batch in batches for index in batch.exchange_record}
+        named = sorted(set(self.processes.gathered(sorted(rows))))
+        skipped = sum(not each.taken for each in self.history)
+        if self.options.on_nonfinite == "skip" and skipped < self.options.max_nonfinite:
+            return
+        shown = ", ".join(named[:10]) + (f" and {len(named) - 10:,} more" if len(named) > 10 else "")
+        before = f", and so were {skipped} steps before" if skipped else ""
+        raise TrainingError(
+            f"step {number}: the loss is {loss:g} and the gradient's norm {norm:g}{before}; the batch's rows: {shown}",
+            "The weights are those of the step before. Lower --learning-rate, train with --precision fp32, look at the "
+            "rows, or pass over such steps with --on-nonfinite skip.",
+        )
+
+
+@contextmanager
+def _memory_explained(number: int, batch: PackedBatch) -> Iterator[None]:
+    """Say what batch took more memory than there was.
+
+    Raises:
+        TrainingError: Memory ran out.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        words = str(error)
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in words:
+            raise
+        raise TrainingError(
+            f"step {number}: memory ran out on a batch of {batch.size:,} tokens ({batch.exchanges:,} exchanges, the "
+            f"longest of {batch.longest:,} tokens, {len(batch.target_ids):,} targets)",
+            f"Lower --tokens-per-batch, to {max(batch.longest, batch.size // 2):,} or less, or turn on "
+            "--activation-checkpointing on.",
+        ) from error
+
+
+def _seed(seed: int, step: int, rank: int) -> int:
+    """What decides dropout in a step: a function of where the run is, so that it is the same when it goes on."""
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _like(named: Mapping[str, nn.Parameter], name: str, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+    """An empty tensor for a state of the parameter that its name begins with, held in parts as that is."""
+    owner = name
+    while owner not in named:
+        owner = owner.rpartition(".")[0]
+    parameter = named[owner]
+    if parameter.shape == shape:
+        return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+    return torch.empty(shape, dtype=dtype, device=parameter.device)
 
 
 class _Evaluations:
@@ -204,11 +377,18 @@ class _Evaluations:
         self.every: int = run.resolved.settings["eval_every"]
         self.batches = pack(trees, tokens_per_batch) if len(trees) else ()
         self.found: list[Evaluation] = []
-        self.best: Evaluation | None = None
-        self.kept: list[torch.Tensor] = []
-        self.stopped = False
-        if self.batches:
-            self.run(0)
+        self.kept: dict[str, Tensor] = {}
+
+    @property
+    def best(self) -> Evaluation | None:
+        """The evaluation with the lowest loss, the first of those."""
+        return next((each for each in reversed(self.found) if each.best), None)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether patience has run out."""
+        worse = len(self.found) - 1 - self.found.index(self.best) if self.best else len(self.found)
+        return self.patience is not None and worse >= self.patience
 
     def are_due(self, step: int) -> bool:
         """Whether the loss is measured after a step."""
@@ -217,18 +397,29 @@ class _Evaluations:
     def run(self, step: int) -> bool:
         """Measure the loss; whether patience has run out."""
         run = self.whole_run
-        mean = evaluate(run.model, self.batches)
+        mean = evaluate(run.model, self.batches, run.processes)
         best = math.isfinite(mean) and (self.best is None or mean < self.best.eval_loss)
         found = Evaluation(step, mean, best, time.perf_counter() - run.began)
         self.found.append(found)
         if best:
-            self.best = found
-            self.kept = [each.detach().clone() for each in run.parameters]
+            self.kept = {name: each.detach().clone() for name, each in run.named.items()}
         for watcher in run.watchers:
             watcher.evaluated(found)
-        worse = len(self.found) - 1 - self.found.index(self.best) if self.best else len(self.found)
-        self.stopped = self.patience is not None and worse >= self.patience
         return self.stopped
+
+    def state(self) -> dict[str, Tensor]:
+        """The best weights by name, where they are not those of the last step."""
+        if self.best is None or self.best.step == len(self.whole_run.history):
+            return {}
+        return {f"best.{name}": each for name, each in self.kept.items()}
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint."""
+        self.found = checkpoint.evaluations
+        if self.best is not None:
+            self.kept = {name: each.detach().clone() for name, each in self.whole_run.named.items()}
+            if self.best.step != checkpoint.step:
+                checkpoint.load({f"best.{name}": each for name, each in self.kept.items()}, self.whole_run.processes)
 
     def finish(self) -> Outcome:
         """Put the best weights back."""
@@ -236,8 +427,8 @@ class _Evaluations:
         best = self.best.step if self.best else None
         if best is not None and best != last:
             with torch.no_grad():
-                for parameter, kept in zip(run.parameters, self.kept, strict=True):
-                    parameter.copy_(kept)
+                for name, kept in self.kept.items():
+                    run.named[name].copy_(kept)
         run.model.model.eval()
         if run.resolved.settings["activation_checkpointing"]:
             run.model.base.activation_checkpointing_disable()
@@ -246,10 +437,14 @@ class _Evaluations:
 
 
 @torch.no_grad()
-def evaluate(model: TreeModel, batches: Sequence[PackedBatch]) -> float:
+def evaluate(model: TreeModel, batches: Sequence[PackedBatch], processes: Processes | None = None) -> float:
     """The mean cross-entropy of the batches' targets, weighted, in nats."""
+    processes = processes or Processes()
     model.model.eval()
-    weights = sum(map(supervised.weight, batches))
-    if not weights:
+    mine = processes.share(batches)
+    with processes.together():
+        loss = sum(float(supervised.loss(model, batch)) for batch in mine)
+    loss, weight = processes.total(loss, sum(map(supervised.weight, mine)))
+    if not weight:
         raise TrainingError("no token of the held-out rows has a weight", "Give rows with an answer that is trained.")
-    return sum(float(supervised.loss(model, batch)) for batch in batches) / weights
+    return loss / weight

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -25,7 +26,9 @@ def write_metrics(path: Path, steps: Iterable[Step], evaluations: Iterable[Evalu
     """Write a whole run at once, each evaluation behind the step it was measured after."""
     events: list[Step | Evaluation] = [*steps, *evaluations]
     events.sort(key=lambda event: (event.step, isinstance(event, Evaluation)))
-    path.write_text("".join(map(to_line, events)), encoding="utf-8", newline="\n")
+    draft = path.with_name(f".{path.name}")
+    draft.write_text("".join(map(to_line, events)), encoding="utf-8", newline="\n")
+    os.replace(draft, path)
 
 
 def read_metrics(path: str | Path) -> tuple[list[Step], list[Evaluation]]:

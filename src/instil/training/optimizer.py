@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
@@ -29,6 +30,24 @@ def adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.
         if groups[decays]
     ]
     return torch.optim.AdamW(decay, lr=learning_rate, betas=BETAS, eps=EPSILON, fused=True)
+
+
+def state_of(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The state of an optimizer, each tensor by the name of its parameter and its own."""
+    return {
+        f"{name}.{key}": value
+        for name, parameter in named.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def restore_state(
+    optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
+) -> None:
+    """Give an optimizer the state that `state_of` gave."""
+    for name, tensor in tensors.items():
+        owner, _, key = name.rpartition(".")
+        optimizer.state[named[owner]][key] = tensor
 
 
 def learning_rate(

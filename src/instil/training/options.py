@@ -51,6 +51,11 @@ class TrainOptions(BaseModel):
     patience: int | None = Field(
         default=None, ge=1, description="Evaluations without a better loss after which training stops."
     )
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        default="stop", description="What to do where the loss or the gradient is no finite number."
+    )
+    max_nonfinite: int = Field(default=10, ge=1, description="The most steps that are skipped so.")
+    shard: bool = Field(default=False, description="Split the model over the processes that torchrun started (FSDP2).")
     activation_checkpointing: Literal["auto", "on", "off"] = Field(
         default="auto", description="Whether activations are computed again in place of kept: when memory asks."
     )
@@ -60,8 +65,19 @@ class TrainOptions(BaseModel):
 
 
 class OutputOptions(BaseModel):
-    """Where the tuned model goes."""
+    """Where the tuned model goes, and how a run is kept."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     output: Path | None = Field(default=None, description="Folder that takes the tuned model; it must not exist yet.")
+    checkpoint_every: int | None = Field(
+        default=None, ge=1, description="Steps from one checkpoint to the next; ten in all, and one at the end."
+    )
+    keep_checkpoints: int = Field(default=2, ge=0, description="The newest checkpoints that are kept; 0 writes none.")
+    resume: bool = Field(
+        default=False,
+        description="Go on from the newest checkpoint in the output folder that is whole; begin where there is none.",
+    )
+    allow_changed: list[str] = Field(
+        default_factory=list, description="Names of settings that may differ from those of the checkpoint."
+    )

@@ -4,17 +4,14 @@
     tokenizer.json, …        `AutoTokenizer` gives the ids that training saw
     chat_template.jinja      the template that was trained with
     generation_config.json   ends at the stop tokens that were trained
-    instil.json              every option, the data by hash, versions, how the run ended
-    metrics.jsonl            every step and evaluation
     README.md, loss.svg      the model card
 
-It is written beside its place and renamed, so that it appears whole or not at all.
+They are written beside their place and renamed. The other files there are the run's own: see `run_folder`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -26,15 +23,17 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
 from instil.data import Records
 from instil.errors import UsageError
 from instil.packing import Prepared
 from instil.prompt import ChatTemplate, Renderer, Tokenizer
 from instil.training.card import draw_loss, example_of, model_card
-from instil.training.events import Outcome, Resolved
-from instil.training.metrics import write_metrics
+from instil.training.config import TrainConfig
+from instil.training.events import Outcome
+from instil.training.files import plain, sha256, sync, sync_one, write_json
+
+ADAPTER_CONFIG = "adapter_config.json"
+RECORD = "instil.json"
 
 _FRESH = "Name a new folder, as in --output tuned."
 _NO_CURVE = "the model card has no loss curve: matplotlib is not installed (pip install matplotlib)"
@@ -47,21 +46,32 @@ _SAID_ELSEWHERE = ("chat_template", "added_tokens_decoder", "add_bos_token", "ad
 _OF_THE_SOURCE = ("auto_map", "name_or_path", "tokenizer_file", "vocab_file", "merges_file", "special_tokens_map_file")
 
 
-def check_output(folder: str | Path) -> None:
+def check_output(folder: str | Path, *, resume: bool = False) -> None:
     """Refuse a place where no output can be, before anything is trained for it.
 
+    Args:
+        folder: The output folder.
+        resume: Whether a run that has not finished may be there.
+
     Raises:
-        UsageError: A file stands there, the folder holds something, or it cannot be written.
+        UsageError: A file stands there, the folder holds something else, or it cannot be written.
     """
     target = Path(os.path.realpath(folder))
     parent = target.parent
     if target.exists():
         if not target.is_dir():
             raise UsageError(f"--output {folder}: is a file", _FRESH)
-        if held := sorted(child.name for child in _children(target, folder)):
+        state = run_state(target)
+        if state == "finished" and resume:
+            raise UsageError(f"--output {folder}: the run there has finished; nothing is left to do", _FRESH)
+        if state not in (None, "finished") and not resume:
+            raise UsageError(
+                f"--output {folder}: a run is there that has not finished", f"Go on with --resume. {_FRESH}"
+            )
+        held = sorted(child.name for child in _children(target, folder))
+        if held and (state is None or not resume):
             raise UsageError(f"--output {folder}: the folder holds something ({', '.join(held[:5])})", _FRESH)
-        if target.is_mount():
-            raise UsageError(f"--output {folder}: is a mount point, which cannot be replaced", "Name a folder in it.")
+        parent = target
     while not os.path.lexists(parent):
         parent = parent.parent
     if not parent.is_dir():
@@ -70,6 +80,15 @@ def check_output(folder: str | Path) -> None:
         os.rmdir(tempfile.mkdtemp(prefix=".instil-", dir=parent))
     except OSError as error:
         raise _unwritable(folder, error) from error
+
+
+def run_state(folder: Path) -> str | None:
+    """How the run in a folder is by its own account: running, finished, interrupted or failed; None without a run."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        return str(record.get("state", "finished"))
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def describe_data(records: Records) -> dict[str, Any]:
@@ -84,96 +103,105 @@ def describe_data(records: Records) -> dict[str, Any]:
     """
     counts = records.report.files
     files = [
-        {"path": path, "sha256": _sha256(Path(path)), "records": sum(counts.get(path, {}).values())}
+        {
+            "path": path,
+            "sha256": sha256(Path(path)) if Path(path).is_file() else None,
+            "records": sum(counts.get(path, {}).values()),
+        }
         for path in records.paths
     ]
     return {"fingerprint": records.fingerprint(), "files": files}
 
 
-def write_output(
-    folder: str | Path,
-    *,
-    save: Callable[[Path], None],
-    config: BaseModel,
+def describe_run(
+    config: TrainConfig,
     renderer: Renderer,
     prepared: Prepared,
-    resolved: Resolved,
-    outcome: Outcome,
     data: Mapping[str, Any],
     eval_data: Mapping[str, Any] | None = None,
-    generation_config: Mapping[str, Any] | None = None,
-) -> list[str]:
-    """Write the output folder, whole or not at all: beside its place first, then renamed.
+) -> dict[str, Any]:
+    """What a run is made of, as `instil.json` says it; how it is resolved and ends is added when that is known.
 
     Args:
-        folder: Must not exist, or be empty (`check_output` says so before training).
-        save: Is given an existing folder and writes the model or the adapter into it, weights and configuration.
-        config: Every option of the run (`TrainConfig`).
-        renderer: What the prompts were rendered with; its tokenizer and template are saved.
-        prepared: The data that was trained.
-        resolved: What the run resolved.
-        outcome: How it ended.
+        config: Every option of the run.
+        renderer: What the prompts were rendered with.
+        prepared: The data that is trained.
         data: As `describe_data` gave it.
         eval_data: The same of the held-out files, if there are any.
+    """
+    tokenizer, template = renderer.tokenizer, renderer.template
+    return {
+        "format": 1,
+        "base_model": config.model or str(config.init),
+        "config": config.model_dump(mode="json"),
+        "data": data,
+        "eval_data": eval_data,
+        "summary": prepared.describe(),
+        "template": {
+            "name": template.name,
+            "fingerprint": template.fingerprint(),
+            "arguments": template.arguments,
+        },
+        "stop_tokens": {token: tokenizer.backend.token_to_id(token) for token in prepared.stop_tokens},
+        "added_tokens": {token: tokenizer.backend.token_to_id(token) for token in tokenizer.added},
+        "outcome": None,
+        "versions": versions(),
+    }
+
+
+def write_output(
+    folder: str | Path,
+    record: Mapping[str, Any],
+    *,
+    save: Callable[[Path], None],
+    renderer: Renderer,
+    outcome: Outcome,
+    generation_config: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write the tuned model into its folder: beside its place first, then renamed, what makes it a model last.
+
+    Args:
+        folder: The output folder, which may hold the run's own files.
+        record: As `describe_run` gave it, with `resolved`.
+        save: Is given an existing folder and writes the model or the adapter into it, weights and configuration.
+        renderer: What the prompts were rendered with; its tokenizer and template are saved.
+        outcome: How the run ended.
         generation_config: What the base model generates with, if `save` writes no `generation_config.json` and the
             model is no local folder.
 
     Returns:
-        What a person should know about what was written, a sentence each.
+        What the run came to, for `instil.json`: `kind`, `outcome` and `notes`, what a person should know about what was
+        written, a sentence each.
 
     Raises:
         UsageError: The folder cannot be written.
     """
     target = Path(os.path.realpath(folder))
-    draft = target.with_name(f".{target.name}.{os.getpid()}")
+    draft = target / f".output.{os.getpid()}"
     try:
-        shutil.rmtree(draft, ignore_errors=True)  # of a run that was killed
+        for left in target.glob(".output.*"):  # of a run that was killed
+            shutil.rmtree(left)
         draft.mkdir(parents=True)
         save(draft)
-        base = _base_model(config)
-        stops = {token: renderer.tokenizer.backend.token_to_id(token) for token in prepared.stop_tokens}
+        stops = [number for number in record["stop_tokens"].values() if number is not None]
         notes = save_tokenizer(draft, renderer.tokenizer, renderer.template)
-        _save_generation_config(draft, base, generation_config, [i for i in stops.values() if i is not None])
-        write_metrics(draft / "metrics.jsonl", outcome.history, outcome.evaluations)
-        provenance = {
-            "format": 1,
-            "base_model": base,
-            "kind": "adapter" if (draft / "adapter_config.json").exists() else "model",
-            "config": config.model_dump(mode="json"),
-            "resolved": {
-                "steps": resolved.steps,
-                "epochs": resolved.epochs,
-                "tokens_per_step": resolved.tokens_per_step,
-                **resolved.settings,
-            },
-            "data": data,
-            "eval_data": eval_data,
-            "summary": prepared.describe(),
-            "template": {
-                "name": renderer.template.name,
-                "fingerprint": renderer.template.fingerprint(),
-                "arguments": renderer.template.arguments,
-            },
-            "stop_tokens": stops,
-            "added_tokens": {t: renderer.tokenizer.backend.token_to_id(t) for t in renderer.tokenizer.added},
+        _save_generation_config(draft, record["base_model"], generation_config, stops)
+        ended: dict[str, Any] = {
+            "kind": "adapter" if (draft / ADAPTER_CONFIG).exists() else "model",
             "outcome": _ending(outcome),
             "notes": notes,
-            "versions": versions(),
         }
         drawn = draw_loss(draft / "loss.svg", outcome.history, outcome.evaluations)
-        card = model_card(_plain(provenance), target.name, example_of(renderer), curve=drawn)
+        card = model_card(plain({**record, **ended}), target.name, example_of(renderer), curve=drawn)
         (draft / "README.md").write_text(card, encoding="utf-8")
-        _write_json(draft / "instil.json", provenance)
         _open_to_others(draft)
-        _sync(draft)
+        sync(draft)
+        _put(draft, target)
     except OSError as error:
-        shutil.rmtree(draft, ignore_errors=True)
         raise _unwritable(folder, error) from error
-    except BaseException:
+    finally:
         shutil.rmtree(draft, ignore_errors=True)
-        raise
-    _put(draft, target, folder)
-    return notes if drawn else [*notes, _NO_CURVE]
+    return ended if drawn else {**ended, "notes": [*notes, _NO_CURVE]}
 
 
 def save_tokenizer(folder: Path, tokenizer: Tokenizer, template: ChatTemplate) -> list[str]:
@@ -187,14 +215,14 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer, template: ChatTemplate) -
     """
     state = json.loads(tokenizer.backend.to_str())
     state["truncation"] = state["padding"] = None  # a caller's business, which may have been left on
-    _write_json(folder / "tokenizer.json", state)
+    write_json(folder / "tokenizer.json", state)
     config: dict[str, Any] = {"model_max_length": tokenizer.max_length} if tokenizer.max_length else {}
     source = Path(tokenizer.name) / "tokenizer_config.json"
     if source.is_file():
         config = json.loads(source.read_text(encoding="utf-8"))
         config = {key: value for key, value in config.items() if key not in (*_SAID_ELSEWHERE, *_OF_THE_SOURCE)}
     named = {key: value for key, value in tokenizer.special_tokens.items() if isinstance(value, str)}
-    _write_json(folder / "tokenizer_config.json", {**config, **named, "tokenizer_class": "PreTrainedTokenizerFast"})
+    write_json(folder / "tokenizer_config.json", {**config, **named, "tokenizer_class": "PreTrainedTokenizerFast"})
     for stale in ("chat_template.json", "special_tokens_map.json", "added_tokens.json"):
         (folder / stale).unlink(missing_ok=True)
     (folder / "chat_template.jinja").write_text(template.text, encoding="utf-8", newline="")
@@ -249,7 +277,7 @@ def _save_generation_config(folder: Path, base: str | None, given: Mapping[str, 
     if stops:
         config["eos_token_id"] = stops
     config.pop("_from_model_config", None)  # else transformers would take it for a guess, and make its own
-    _write_json(file, config)
+    write_json(file, config)
 
 
 def _ending(outcome: Outcome) -> dict[str, Any]:
@@ -279,22 +307,15 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _base_model(config: BaseModel) -> str | None:
-    base = getattr(config, "model", None) or getattr(config, "init", None)
-    return None if base is None else str(base)
-
-
-def _put(draft: Path, target: Path, folder: str | Path) -> None:
-    """Move the finished folder to its place. Should something have come there meanwhile, the work is not lost."""
-    try:
-        os.replace(draft, target)
-    except OSError as error:
-        raise UsageError(
-            f"--output {folder}: something came there while training: {error.strerror}",
-            f"The tuned model is whole, in {draft}: move it where you like.",
-        ) from error
+def _put(draft: Path, target: Path) -> None:
+    """Move what was written to its place; what says that a model is there comes last."""
+    for path in sorted(draft.iterdir(), key=lambda path: path.name in ("config.json", ADAPTER_CONFIG)):
+        place = target / path.name
+        if place.is_dir():  # of a run that was killed while it moved
+            shutil.rmtree(place)
+        os.replace(path, place)
     with contextlib.suppress(OSError):
-        _sync_one(target.parent)
+        sync_one(target)
 
 
 def _open_to_others(folder: Path) -> None:
@@ -303,22 +324,6 @@ def _open_to_others(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file():
             path.chmod(mode)
-
-
-def _sync(folder: Path) -> None:
-    """Have the disk hold all of a folder before its name appears."""
-    for path in [*folder.rglob("*"), folder]:
-        _sync_one(path)
-
-
-def _sync_one(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":  # Windows opens no folders
-        return
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
 
 
 def _children(target: Path, folder: str | Path) -> list[Path]:
@@ -331,26 +336,3 @@ def _children(target: Path, folder: str | Path) -> list[Path]:
 def _unwritable(folder: str | Path, error: OSError) -> UsageError:
     reason = error.strerror or error
     return UsageError(f"--output {folder}: cannot be written: {reason}", "Name a folder in one that takes it.")
-
-
-def _sha256(path: Path) -> str | None:
-    if not path.is_file():
-        return None
-    with path.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def _write_json(path: Path, value: Any) -> None:
-    text = json.dumps(_plain(value), ensure_ascii=False, indent=2, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")  # JSON escapes half a pair alike
-
-
-def _plain(value: Any) -> Any:
-    """The value as strict JSON holds it: what is no finite number is null, what is unknown is its text."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, str | int | bool) else str(value)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,61 +25,181 @@ from instil.packing.tree import LABELS, Ints
 from instil.prompt import PromptOptions, builtin_templates, load_renderer
 from instil.prompt.render import Renderer
 from instil.training import loop
+from instil.training.checkpoint import Checkpoint, Checkpoints, differences
 from instil.training.config import TrainConfig
+from instil.training.distributed import Processes, whole
 from instil.training.events import Outcome, Resolved, Watcher
-from instil.training.output import check_output, describe_data, write_output
+from instil.training.files import plain
+from instil.training.options import OutputOptions
+from instil.training.output import check_output, describe_data, describe_run, write_output
+from instil.training.run_folder import CHECKPOINTS, RunFolder
 from instil.training.steps import Steps
 
 
-def train(config: TrainConfig, watchers: Sequence[Watcher] = ()) -> Outcome:
+def train(config: TrainConfig, watchers: Sequence[Watcher] = (), *, stopping: Callable[[], int] = lambda: 0) -> Outcome:
     """Train as configured, and write the output folder.
 
     Args:
         config: The whole run.
         watchers: Are told of every step and evaluation.
+        stopping: Asked after each step for the number of a signal upon which to save and to stop; 0 goes on.
 
     Raises:
         InstilError: Of the rooms it goes through: data, tokenizer, template, packing, model, training.
+        Interrupted: `stopping` said so.
     """
     if config.output is None:
         raise UsageError("output: is missing", "Name the folder that takes the tuned model.")
-    check_output(config.output)
-    data = _Data.of(config)
+    check_output(config.output, resume=config.resume)
+    processes = Processes.join()
+    try:
+        return _train(config, config.output, watchers, stopping, processes)
+    finally:
+        processes.leave()
+
+
+def _train(
+    config: TrainConfig, output: Path, watchers: Sequence[Watcher], stopping: Callable[[], int], processes: Processes
+) -> Outcome:
+    with processes.in_turn():
+        data = _Data.of(config, rejects=processes.first)
     model, growth = _model(config, data.renderer)
     reader = TreeModel(model, bf16=_precision(config) is torch.bfloat16)
-    kept = _Keeper()
-    outcome = loop.fit(
-        reader,
-        data.prepared.trees,
-        config,
-        rows=data.rows,
-        held_out=data.held_out,
-        tokens_per_batch=config.tokens_per_batch,
-        share_prefixes=config.share_prefixes,
-        seed=config.seed,
-        watchers=[kept, *watchers],
+    record = describe_run(config, data.renderer, data.prepared, data.described, data.eval_described)
+    checkpoints = Checkpoints(
+        Path(output).resolve() / CHECKPOINTS,
+        keep=config.keep_checkpoints,
+        every=config.checkpoint_every,
+        made_of=_made_of(config, data, model),
+        processes=processes,
     )
-    generation = getattr(reader.base, "generation_config", None)
-    notes = write_output(
-        config.output,
-        save=lambda folder: save_model(
-            model,
-            folder,
-            growth=growth,
-            merge=config.merge_adapter,
-            dtype=checkpoint_dtype(config),
-            place=config.output,
-        ),
-        config=config,
-        renderer=data.renderer,
-        prepared=data.prepared,
-        resolved=kept.resolved,
-        outcome=outcome,
-        data=data.described,
-        eval_data=data.eval_described,
-        generation_config=generation.to_dict() if generation else None,
-    )
-    return replace(outcome, notes=notes)
+    folder = RunFolder(config, record) if processes.first else None
+    with folder or nullcontext():
+        processes.wait()  # until the folder is locked
+        resume = _to_resume(checkpoints, config, processes)
+        if folder is not None and resume is not None:
+            folder.goes_on_from(resume)
+        outcome = loop.fit(
+            reader,
+            data.prepared.trees,
+            config,
+            rows=data.rows,
+            held_out=data.held_out,
+            tokens_per_batch=config.tokens_per_batch,
+            share_prefixes=config.share_prefixes,
+            seed=config.seed,
+            watchers=[folder, *watchers] if folder is not None else watchers,
+            processes=processes,
+            checkpoints=checkpoints,
+            resume=resume,
+            stopping=stopping,
+        )
+        if config.shard and processes.size > 1:
+            model = _put_together(reader, config, data.renderer, processes)
+        if folder is None:
+            return outcome
+        generation = getattr(reader.base, "generation_config", None)
+        ended = write_output(
+            output,
+            folder.record,
+            save=lambda place: save_model(
+                model,
+                place,
+                growth=growth,
+                merge=config.merge_adapter,
+                dtype=checkpoint_dtype(config),
+                place=output,
+            ),
+            renderer=data.renderer,
+            outcome=outcome,
+            generation_config=generation.to_dict() if generation else None,
+        )
+        folder.finish(ended)
+        return replace(outcome, notes=ended["notes"])
+
+
+def _to_resume(checkpoints: Checkpoints, config: TrainConfig, processes: Processes) -> Checkpoint | None:
+    """The checkpoint to go on from; None to begin.
+
+    Raises:
+        TrainingError: There are checkpoints and none is whole, or the run is not the one they are of.
+    """
+    if not config.resume:
+        return None
+    found, passed = checkpoints.newest() if processes.first else (None, [])
+    if found is None and passed:
+        raise TrainingError(
+            "no checkpoint is whole:" + "".join(f"\n  {each}" for each in passed),
+            "Start anew in another folder: --output NEW.",
+        )
+    names = processes.gathered([str(found.folder)] if found else [])
+    if not names:
+        return None
+    found = found or Checkpoint.read(Path(names[0]))
+    then, now = found.made_of, checkpoints.made_of
+    allowed = {name.replace("-", "_") for name in config.allow_changed}
+    changed = [name for name in differences(then, now) if name not in allowed]
+    if changed:
+        listed = "".join(f"\n  {name}: {_said(then.get(name))} then, {_said(now.get(name))} now" for name in changed)
+        raise TrainingError(
+            f"{found.folder}: the run has changed since:{listed}",
+            f"Set them back, allow it with --allow-changed {' '.join(changed)}, or start anew in another folder.",
+        )
+    return found
+
+
+def _said(value: Any) -> str:
+    return "nothing" if value in (None, [], {}) else value if isinstance(value, str) else json.dumps(plain(value))
+
+
+_NOT_OF_THE_WEIGHTS = {
+    *OutputOptions.model_fields,
+    *("activation_checkpointing", "cache", "cache_dir", "data", "eval_data", "max_nonfinite", "merge_adapter"),
+    *("on_nonfinite", "rejects", "shard", "tokenizer", "trust_remote_code", "workers"),
+}
+
+
+def _made_of(config: TrainConfig, data: _Data, model: torch.nn.Module) -> dict[str, Any]:
+    """What decides the weights of every step, by the name of its setting."""
+    settings = {k: v for k, v in config.model_dump(mode="json").items() if k not in _NOT_OF_THE_WEIGHTS}
+    template = data.renderer.template
+    eval_data = data.eval_described
+    made_of = {
+        **settings,
+        "precision": str(_precision(config)).removeprefix("torch."),
+        "data": data.described["fingerprint"] or config.data,
+        "eval_data": (eval_data["fingerprint"] or config.eval_data) if eval_data else None,
+        "template": f"{template.name} {template.fingerprint()[:16]}",
+        "tokenizer": data.renderer.tokenizer.fingerprint()[:16],
+        "weights": _frozen(model),
+    }
+    plain_values: dict[str, Any] = json.loads(json.dumps(plain(made_of)))
+    return plain_values
+
+
+def _frozen(model: torch.nn.Module) -> str:
+    """A hash of what a checkpoint does not hold: the shapes of all weights, and values of those that do not train."""
+    digest = hashlib.sha256()
+    for name, each in model.named_parameters():
+        digest.update(f"{name} {tuple(each.shape)} {each.dtype} {each.requires_grad}\0".encode())
+        if not each.requires_grad:
+            values = each.detach().reshape(-1)
+            some = values[:: max(1, len(values) // 1024)].contiguous().cpu()
+            digest.update(some.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _put_together(reader: TreeModel, config: TrainConfig, renderer: Renderer, processes: Processes) -> torch.nn.Module:
+    """The tuned model as one process holds it: made anew, with what was trained; in the others what they hold."""
+    model = _model(config, renderer)[0] if processes.first else reader.model
+    places = dict(model.named_parameters())
+    with torch.no_grad(), processes.together():
+        for name, each in reader.model.named_parameters():
+            if each.requires_grad:
+                value = whole(each)
+                if processes.first:
+                    places[name].copy_(value)
+    return model
 
 
 def resolve(config: TrainConfig) -> Resolved:
@@ -85,8 +209,8 @@ def resolve(config: TrainConfig) -> Resolved:
         InstilError: What would stop it before its first step.
     """
     if config.output is not None:
-        check_output(config.output)
-    data = _Data.of(config)
+        check_output(config.output, resume=config.resume)
+    data = _Data.of(config, rejects=False)
     model, _ = _model(config, data.renderer)
     reader = TreeModel(model, bf16=_precision(config) is torch.bfloat16)
     options = config.tokens_per_step, config.tokens_per_batch, config.share_prefixes, config.seed
@@ -108,12 +232,12 @@ class _Data:
     eval_described: dict[str, Any] | None
 
     @classmethod
-    def of(cls, config: TrainConfig) -> _Data:
+    def of(cls, config: TrainConfig, *, rejects: bool) -> _Data:
         options = PromptOptions.model_construct(**{name: getattr(config, name) for name in PromptOptions.model_fields})
         renderer = load_renderer(config.tokenizer_source(), options)
-        prepared, described = _prepared(config, config.data, renderer, options)
+        prepared, described = _prepared(config, config.data, renderer, options, rejects)
         if config.eval_data:
-            evaluated, eval_described = _prepared(config, config.eval_data, renderer, options)
+            evaluated, eval_described = _prepared(config, config.eval_data, renderer, options, rejects)
             return cls(renderer, prepared, None, evaluated.trees, described, eval_described)
         if not config.eval_fraction:
             return cls(renderer, prepared, None, (), described, None)
@@ -122,7 +246,7 @@ class _Data:
 
 
 def _prepared(
-    config: TrainConfig, files: list[str], renderer: Renderer, options: PromptOptions
+    config: TrainConfig, files: list[str], renderer: Renderer, options: PromptOptions, rejects: bool
 ) -> tuple[Prepared, dict[str, Any]]:
     records = read(
         files,
@@ -130,7 +254,7 @@ def _prepared(
         columns=config.columns,
         objective=config.objective or "supervised",
         on_bad_row=config.on_bad_row,
-        rejects=config.rejects,
+        rejects=config.rejects if rejects else None,
     )
     prepared = prepare(
         records,
@@ -193,18 +317,3 @@ def _precision(config: TrainConfig) -> torch.dtype:
         able = torch.cpu.get_capabilities()
         has = able.get("avx512_bf16", False) or able.get("amx_bf16", False)
     return torch.bfloat16 if has else torch.float32
-
-
-class _Keeper:
-    """Keeps what a run resolved."""
-
-    resolved: Resolved
-
-    def started(self, resolved: Resolved) -> None:
-        self.resolved = resolved
-
-    def stepped(self, step: Any) -> None:
-        pass
-
-    def evaluated(self, evaluation: Any) -> None:
-        pass

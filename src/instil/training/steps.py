@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -31,6 +32,7 @@ class Steps:
         seed: Decides the order.
         per_epoch: The steps of an epoch.
         records: (N,) the rows that are trained; None for all.
+        processes: Those that share the micro-batches of a step, which are made small enough for all to have some.
     """
 
     trees: Sequence[TokenTree]
@@ -41,6 +43,7 @@ class Steps:
     seed: int
     per_epoch: int
     records: Ints | None = None
+    processes: int = 1
 
     @classmethod
     def of(
@@ -51,12 +54,13 @@ class Steps:
         share_prefixes: Sharing,
         seed: int,
         records: Ints | None = None,
+        processes: int = 1,
     ) -> Steps:
         """Resolve what is left open from the counts of the rows."""
         report = plan(trees, tokens_per_batch, seed=seed, share_prefixes=share_prefixes, records=records).report
         size = tokens_per_step or min(max(report.unshared // _STEPS_AN_EPOCH, _LEAST_TOKENS), _MOST_TOKENS)
         count = _count(_ends(trees, _order(trees, size, seed, 0, records)), size)
-        return cls(trees, size, tokens_per_batch, report.share_prefixes, report.reason, seed, count, records)
+        return cls(trees, size, tokens_per_batch, report.share_prefixes, report.reason, seed, count, records, processes)
 
     def rows(self, epoch: int) -> list[Ints]:
         """The rows of each step of an epoch, all of them once."""
@@ -72,35 +76,54 @@ class Steps:
         """
         return pack(
             self.trees,
-            self.tokens_per_batch,
+            self._budget(rows),
             seed=self.seed,
             epoch=number,
             share_prefixes=self.share_prefixes,
             records=rows,
         )
 
-    def __iter__(self) -> Iterator[Sequence[PackedBatch]]:
-        """The micro-batches of step after step, epoch after epoch, without end."""
-        number = epoch = 0
-        while True:
-            for rows in self.rows(epoch):
-                yield self.batches(rows, number)
-                number += 1
-            epoch += 1
+    def after(self, done: int) -> Iterator[tuple[int, Sequence[PackedBatch]]]:
+        """Step after step, epoch after epoch, without end: the number of each, from 1, and its micro-batches.
+
+        Args:
+            done: The steps that were taken already.
+        """
+        for epoch in itertools.count(done // self.per_epoch):
+            for number, rows in enumerate(self.rows(epoch), epoch * self.per_epoch):
+                if number >= done:
+                    yield number + 1, self.batches(rows, number)
+
+    def _budget(self, rows: Ints) -> int:
+        """The most tokens of a micro-batch of a step, so that each process has about as much to do."""
+        if self.processes == 1:
+            return self.tokens_per_batch
+        tokens, longest = int(_unshared(self.trees)[rows].sum()), int(_longest(self.trees)[rows].max())
+        batches = self.processes * -(-tokens // (self.processes * self.tokens_per_batch))
+        return min(self.tokens_per_batch, max(longest, tokens // batches + tokens // batches // 32))
 
 
 def _order(trees: Sequence[TokenTree], tokens_per_step: int, seed: int, epoch: int, records: Ints | None) -> Ints:
     """The order of an epoch's rows; how they are split in micro-batches has no part in it."""
-    stored = getattr(trees, "longest", None)
-    longest = max((tree.longest for tree in trees), default=0) if stored is None else int(stored.max(initial=0))
+    longest = int(_longest(trees).max(initial=0))
     return deal(trees, max(longest, min(tokens_per_step, _DEALT)), seed=seed, epoch=epoch, records=records)
 
 
 def _ends(trees: Sequence[TokenTree], order: Ints) -> Ints:
     """(N,) the tokens of the rows up to and including each, in an order, as if nothing were shared."""
-    stored = getattr(trees, "unshared", None)
-    sizes = np.array([tree.unshared for tree in trees], np.int64) if stored is None else stored
-    return np.cumsum(sizes[order], dtype=np.int64)
+    return np.cumsum(_unshared(trees)[order], dtype=np.int64)
+
+
+def _longest(trees: Sequence[TokenTree]) -> Ints:
+    """(N,) the longest path of each tree."""
+    stored: Ints | None = getattr(trees, "longest", None)
+    return np.array([tree.longest for tree in trees], np.int64) if stored is None else stored
+
+
+def _unshared(trees: Sequence[TokenTree]) -> Ints:
+    """(N,) the tokens of each tree's exchanges one by one."""
+    stored: Ints | None = getattr(trees, "unshared", None)
+    return np.array([tree.unshared for tree in trees], np.int64) if stored is None else stored
 
 
 def _count(ends: Ints, size: int) -> int:
