@@ -1,6 +1,5 @@
 """The model card: its front matter, its figures, and its code, which is run."""
 
-import json
 import re
 import sys
 from dataclasses import replace
@@ -18,7 +17,7 @@ from instil.pocket import save_sample_tokenizer
 from instil.prompt import PromptOptions, load_renderer
 from instil.training.card import draw_loss, example_of, model_card
 from instil.training.events import Evaluation, Outcome, Resolved, Step
-from instil.training.output import describe_data, save_tokenizer, write_output
+from instil.training.output import describe_data, describe_run, save_tokenizer, write_output
 
 ROWS = [{"instruction": "Say |hello|.", "output": "Hello."}, {"instruction": "Add.", "input": "1, 2", "output": "3"}]
 GAPS = [{"prefix": "def f():", "middle": "\n    return 1", "suffix": "\n"}]
@@ -67,16 +66,11 @@ def base(tmp_path):
 def write(folder, base, save, *, rows=ROWS, **options):
     records = instil.read(rows)
     chosen = PromptOptions(**options)
-    return write_output(
-        folder,
-        save=save,
-        config=Options(model=str(base), template_args=chosen.template_args),
-        renderer=load_renderer(base, chosen),
-        prepared=prepare(records, base, chosen),
-        resolved=RESOLVED,
-        outcome=OUTCOME,
-        data=describe_data(records),
-    )
+    renderer = load_renderer(base, chosen)
+    config = Options(model=str(base), template_args=chosen.template_args)
+    made_of = describe_run(config, renderer, prepare(records, base, chosen), describe_data(records))
+    record = {**made_of, "resolved": RESOLVED.to_json()}
+    return write_output(folder, record, save=save, renderer=renderer, outcome=OUTCOME)["notes"]
 
 
 def save_model(base):
@@ -250,7 +244,6 @@ def test_without_matplotlib_there_is_no_curve(tmp_path, monkeypatch, base):
     assert "matplotlib is not installed (pip install matplotlib)" in said
     assert not (tmp_path / "tuned" / "loss.svg").exists()
     assert "loss.svg" not in (tmp_path / "tuned" / "README.md").read_text()
-    assert json.loads((tmp_path / "tuned" / "instil.json").read_text())["notes"] == []
 
 
 def test_tokens_that_were_added_are_named(tmp_path, base):

@@ -20,8 +20,7 @@ from instil.pocket import sample_data, save_sample_tokenizer
 from instil.prompt import PromptOptions, Tokenizer, exchanges, load_renderer
 from instil.training import output
 from instil.training.events import Evaluation, Outcome, Resolved, Step
-from instil.training.metrics import read_metrics
-from instil.training.output import check_output, describe_data, save_tokenizer, write_output
+from instil.training.output import check_output, describe_data, describe_run, save_tokenizer, write_output
 
 THINKING = (
     "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
@@ -224,28 +223,20 @@ def run(tmp_path):
         (folder / "weights").write_bytes(b"1")
         (folder / "weights").chmod(0o600)  # as safetensors leaves it
 
-    return {
-        "save": save,
-        "config": Options(model=str(base)),
-        "renderer": renderer,
-        "prepared": prepared,
-        "resolved": RESOLVED,
-        "outcome": OUTCOME,
-        "data": describe_data(records),
-    }
+    made_of = describe_run(Options(model=str(base)), renderer, prepared, describe_data(records))
+    record = {**made_of, "resolved": RESOLVED.to_json()}
+    return {"record": record, "save": save, "renderer": renderer, "outcome": OUTCOME}
 
 
 def test_all_that_belongs_to_a_run_is_there(tmp_path, run):
     folder = tmp_path / "deep" / "tuned"
-    assert write_output(folder, **run) == []
+    ended = write_output(folder, **run)
     assert sorted(child.name for child in folder.iterdir()) == [
         "README.md",
         "chat_template.jinja",
         "config.json",
         "generation_config.json",
-        "instil.json",
         "loss.svg",
-        "metrics.jsonl",
         "tokenizer.json",
         "tokenizer_config.json",
         "weights",
@@ -253,20 +244,18 @@ def test_all_that_belongs_to_a_run_is_there(tmp_path, run):
     assert [child.name for child in folder.parent.iterdir()] == ["tuned"]
     assert folder.stat().st_mode & 0o777 == 0o777 & ~_umask()
     assert {child.stat().st_mode & 0o777 for child in folder.iterdir()} == {0o666 & ~_umask()}
-    assert read_metrics(folder / "metrics.jsonl") == (STEPS, OUTCOME.evaluations)
 
     stop = run["renderer"].tokenizer.backend.token_to_id("<|im_end|>")
     generation = json.loads((folder / "generation_config.json").read_text())
     assert generation == {"eos_token_id": [stop], "pad_token_id": 1, "top_k": 7}
     assert GenerationConfig.from_pretrained(folder).eos_token_id == [stop]
 
-    told = json.loads((folder / "instil.json").read_text())
+    told = {**run["record"], **ended}
     data = sample_data()[0]
     digest = hashlib.sha256(data.read_bytes()).hexdigest()
     rows = len(data.read_text().splitlines())
     assert told["data"]["files"] == [{"path": str(data), "sha256": digest, "records": rows}]
     assert told["data"]["fingerprint"] == instil.read([data]).fingerprint()
-    assert told["config"] == run["config"].model_dump()
     assert told["resolved"]["share_prefixes"] == "on"
     assert told["stop_tokens"] == {"<|im_end|>": stop}
     assert told["added_tokens"].keys() == {"<|im_start|>", "<|im_end|>"}
@@ -275,7 +264,8 @@ def test_all_that_belongs_to_a_run_is_there(tmp_path, run):
     assert told["summary"]["rows"]["read"] == rows
     assert told["versions"].keys() >= {"python", "instil", "torch", "transformers", "peft", "tokenizers"}
     assert (told["outcome"]["final_loss"], told["outcome"]["best_eval_loss"]) == (1.0, 1.5)
-    assert (told["kind"], told["base_model"], told["eval_data"]) == ("model", run["config"].model, None)
+    assert (told["kind"], told["base_model"], told["eval_data"]) == ("model", str(tmp_path / "base"), None)
+    assert told["notes"] == []
 
 
 def _umask():
@@ -293,11 +283,12 @@ def test_nothing_is_left_of_what_fails(tmp_path, run, monkeypatch, breaks):
         run["save"] = fail
     else:
         monkeypatch.setattr(output, breaks, fail)
-    before = sorted(tmp_path.iterdir())
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "tuned" / "run.yaml").write_text("its own")
     with pytest.raises((KeyboardInterrupt, UsageError)) as raised:
         write_output(tmp_path / "tuned", **run)
     assert breaks == "save" or str(raised.value).startswith(f"--output {tmp_path}/tuned: cannot be written: No space")
-    assert sorted(tmp_path.iterdir()) == before
+    assert [child.name for child in (tmp_path / "tuned").iterdir()] == ["run.yaml"]
 
 
 def test_an_empty_folder_is_taken_and_a_link_followed(tmp_path, run):
@@ -305,23 +296,21 @@ def test_an_empty_folder_is_taken_and_a_link_followed(tmp_path, run):
     (tmp_path / "link").symlink_to(tmp_path / "there")
     write_output(tmp_path / "link", **run)
     assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "there" / "instil.json").is_file()
+    assert (tmp_path / "there" / "README.md").is_file()
 
 
-def test_what_came_there_meanwhile_costs_no_work(tmp_path, run):
+def test_the_runs_own_files_stay_and_what_makes_it_a_model_comes_last(tmp_path, run, monkeypatch):
     folder = tmp_path / "tuned"
-    save = run["save"]
-
-    def meanwhile(draft):
-        save(draft)
-        folder.mkdir()
-        (folder / "other").write_text("kept")
-
-    with pytest.raises(UsageError, match="something came there while training") as raised:
-        write_output(folder, **{**run, "save": meanwhile})
-    assert (folder / "other").read_text() == "kept"
-    kept = Path(re.search(r"whole, in (.*): move", raised.value.remedy)[1])
-    assert {"README.md", "instil.json", "weights"} <= {child.name for child in kept.iterdir()}
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / ".output.1").mkdir()  # of a run that was killed
+    moved = []
+    monkeypatch.setattr(output.os, "replace", lambda one, other: (moved.append(other.name), one.rename(other)))
+    write_output(folder, **run)
+    assert moved[-1] == "config.json"
+    assert (folder / "checkpoints").is_dir()
+    assert not list(folder.glob(".*"))
+    monkeypatch.undo()
+    write_output(folder, **run)  # it was killed while it moved
 
 
 def test_the_models_own_generation_config_comes_first(tmp_path, run):
@@ -335,7 +324,11 @@ def test_the_models_own_generation_config_comes_first(tmp_path, run):
     written = json.loads((tmp_path / "tuned" / "generation_config.json").read_text())
     stop = run["renderer"].tokenizer.backend.token_to_id("<|im_end|>")
     assert (written["temperature"], written["bos_token_id"], written["eos_token_id"]) == (0.5, 3, [stop])
-    other = {**run, "config": Options(model="owner/name"), "generation_config": {"pad_token_id": 9, "top_k": None}}
+    other = {
+        **run,
+        "record": {**run["record"], "base_model": "owner/name"},
+        "generation_config": {"pad_token_id": 9, "top_k": None},
+    }
     write_output(tmp_path / "other", **other)
     written = json.loads((tmp_path / "other" / "generation_config.json").read_text())
     assert written == {"pad_token_id": 9, "eos_token_id": [stop]}
@@ -355,16 +348,26 @@ def test_places_that_take_no_output(tmp_path):
         check_output(tmp_path / "file" / "tuned")
     with pytest.raises(UsageError, match=r"holds something \(empty, file\)"):
         check_output(tmp_path)
-    with pytest.raises(UsageError, match="mount point"):
-        _with_mount(tmp_path / "empty")
     with pytest.raises(UsageError, match="cannot be written"):
         check_output("/proc/none/tuned")
 
 
-def _with_mount(folder):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Path, "is_mount", lambda path: True)
-        check_output(folder)
+def test_a_run_that_has_not_finished_is_gone_on_with_and_nothing_else_is(tmp_path):
+    for state in ("running", "interrupted", "failed"):
+        (tmp_path / "instil.json").write_text(json.dumps({"state": state}))
+        check_output(tmp_path, resume=True)
+        with pytest.raises(UsageError, match="a run is there that has not finished") as raised:
+            check_output(tmp_path)
+        assert "--resume" in raised.value.remedy
+    for record in ({"state": "finished"}, {}):
+        (tmp_path / "instil.json").write_text(json.dumps(record))
+        with pytest.raises(UsageError, match="has finished; nothing is left to do"):
+            check_output(tmp_path, resume=True)
+        with pytest.raises(UsageError, match=r"holds something \(instil.json\)"):
+            check_output(tmp_path)
+    (tmp_path / "instil.json").write_text("no record")
+    with pytest.raises(UsageError, match=r"holds something \(instil.json\)"):
+        check_output(tmp_path, resume=True)
 
 
 def test_data_without_bytes_is_named_without_a_hash():

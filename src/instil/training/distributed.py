@@ -170,6 +170,7 @@ def shard(model: nn.Module, layers: Sequence[nn.Module], methods: Sequence[str])
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # Gloo knows no other
     for method in methods:
         register_fsdp_forward_method(model, method)
 
