@@ -142,9 +142,8 @@ class Checkpoints:
             TrainingError: It cannot be written; older ones are as they were.
         """
         final, draft = self.folder / f"{_PREFIX}{step:08d}", self.folder / f"{_DRAFT}{step:08d}"
-        first = self.processes.first
         with self._writing(step, draft):
-            if first:
+            if self.processes.first:
                 for left in self.folder.glob(f"{_DRAFT}*"):  # of a run that was killed
                     shutil.rmtree(left)
                 draft.mkdir(parents=True)
@@ -158,23 +157,30 @@ class Checkpoints:
                     no_dist=self.processes.size == 1,
                 )
             self.processes.wait()
-            if first:
+            if self.processes.first:
                 write_metrics(draft / _METRICS, steps, evaluations)
                 state = {"format": 1, "step": step, "processes": self.processes.size, "made_of": self.made_of}
                 write_json(draft / _STATE, state)
                 seal(draft)
-                if final.exists():  # a broken one, that was passed over
-                    shutil.rmtree(final)
-                os.replace(draft, final)
-                sync_one(self.folder)
-                if wrong := broken(final):
-                    raise TrainingError(
-                        f"{final}: a checkpoint was written and is not what it should be: {wrong}",
-                        "The disk may be failing; older checkpoints are as they were.",
-                    )
-                for old in self._all()[: -self.keep or None] if self.keep else []:
-                    shutil.rmtree(old)
+                self._put(draft, final)
         return final
+
+    def _put(self, draft: Path, final: Path) -> None:
+        """Move a sealed checkpoint to its place; once it has been read back, those beyond the number to keep go."""
+        if final.exists():  # a broken one, that was passed over
+            shutil.rmtree(final)
+        os.replace(draft, final)
+        sync_one(self.folder)
+        if wrong := broken(final):
+            raise TrainingError(
+                f"{final}: a checkpoint was written and is not what it should be: {wrong}",
+                "The disk may be failing; older checkpoints are as they were.",
+            )
+        found = self._all()
+        kept = [each for each in found if each.name <= final.name][-self.keep :]  # later ones were passed over, too
+        for each in found:
+            if each not in kept:
+                shutil.rmtree(each)
 
     def _all(self) -> list[Path]:
         return sorted(path for path in self.folder.glob(f"{_PREFIX}*") if path.name[len(_PREFIX) :].isdigit())
@@ -220,13 +226,11 @@ def _files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 def _cause(error: BaseException) -> str | None:
     """The words of the system that an error comes from."""
-    several = isinstance(error, CheckpointException)
-    for cause in [failure[0] for failure in error.failures.values()] if several else [error]:
-        while cause is not None:
-            if isinstance(cause, OSError):
-                return cause.strerror or str(cause)
-            cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
-    return None
+    several: dict[int, Any] = getattr(error, "failures", {})  # of a CheckpointException, by process
+    cause: BaseException | None = next((failure[0] for failure in several.values()), error)
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return None if cause is None else cause.strerror or str(cause)
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

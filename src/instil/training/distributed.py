@@ -7,6 +7,7 @@ are shared out, its loss is divided by the weights of all, and gradients are sum
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -81,8 +82,8 @@ class Processes:
             if self.size == 1 or not (isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text):
                 raise
             raise TrainingError(
-                f"process {self.rank} of {self.size}: another process has ended or cannot be reached: "
-                f"{text.strip().splitlines()[0][:200]}",
+                "another process has ended or cannot be reached: "
+                + re.sub(r"^\[[^]]*\]\s*", "", text.strip().splitlines()[0])[:200],
                 "See what that one said; go on from the last checkpoint with --resume.",
             ) from error
 
