@@ -1,6 +1,9 @@
 """The loop against transformers and plain torch, and its promises as equalities: same steps, same run, best weights."""
 
 import copy
+import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,8 +20,10 @@ from instil.training.options import TrainOptions
 from instil.training.steps import Steps
 
 from .tiny import (
+    VOCABULARY,
     Row,
     Witness,
+    exchange,
     furthest,
     gpt2,
     llama,
@@ -425,6 +430,95 @@ def test_a_loss_that_is_no_number_stops_the_run_before_it_harms(what):
     assert len(witness.told) == 3
     for name, each in model.named_parameters():
         assert torch.equal(each.nan_to_num(7.0), last[name].nan_to_num(7.0)), name
+
+
+def poisoned():
+    """A model that knows no number for the token 5, and rows of which the eighth begins with it."""
+    model = llama()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[5] = torch.nan
+    rows = make_rows(20)
+    rows[7] = [exchange([5, 1, 4], [9, 16, 0])]
+    return model, trees_of(rows)
+
+
+def test_steps_without_a_number_are_skipped_and_counted_if_that_is_wished():
+    model, trees = poisoned()
+    seen = {0: weights_of(model)}
+    witness = Witness(on_step=lambda step: seen.update({step.step: weights_of(model)}))
+    options = TrainOptions(tokens_per_step=100, epochs=2, on_nonfinite="skip", max_nonfinite=2)
+    outcome = fit(reader(model), trees, options, tokens_per_batch=40, watchers=[witness])
+    cut = Steps.of(trees, 100, 40, "auto", 0)
+    planned = [rows.tolist() for epoch in range(2) for rows in cut.rows(epoch)]
+    expected = [number for number, rows in enumerate(planned, 1) if 7 in rows]
+    assert [step.step for step in outcome.history if not step.taken] == expected
+    assert len(expected) == 2 < outcome.steps
+    for number in range(1, outcome.steps + 1):
+        pairs = [(seen[number - 1][name], seen[number][name]) for name in seen[0]]
+        unchanged = all(torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0)) for one, other in pairs)
+        assert unchanged == (number in expected), number
+
+
+@pytest.mark.parametrize("options", [{}, {"on_nonfinite": "skip", "max_nonfinite": 1}])
+def test_the_rows_of_a_loss_without_a_number_are_named(options):
+    model, trees = poisoned()
+    with pytest.raises(TrainingError) as raised:
+        fit(reader(model), trees, TrainOptions(tokens_per_step=100, epochs=2, **options), tokens_per_batch=40)
+    said = raised.value.message
+    named = [int(each) for each in re.findall(r"row (\d+)", said)]
+    assert 7 in named
+    assert sum(trees[each].size for each in named) <= 40, "those of one micro-batch"
+    assert ("and so were 1 steps before" in said) == bool(options)
+
+
+def test_an_id_beyond_the_embeddings_is_refused_with_its_row():
+    rows = make_rows(6)
+    rows[4] = [exchange([1, VOCABULARY], [4, 0])]
+    with pytest.raises(TrainingError, match=f"row 4: holds the token id {VOCABULARY}, .* {VOCABULARY} embeddings"):
+        fit(reader(llama()), trees_of(rows), TrainOptions(), tokens_per_batch=100)
+
+
+_SHORT_OF_MEMORY = """
+import resource, sys
+import torch
+from instil.errors import TrainingError
+from instil.model.forward import TreeModel
+from instil.training.loop import fit
+from instil.training.options import TrainOptions
+from instil.training.events import Resolved
+from transformers import LlamaConfig, LlamaForCausalLM
+import numpy as np
+from instil.packing import TokenTree
+from instil.prompt.exchange import Exchange
+
+config = LlamaConfig(vocab_size=64, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4)
+ids, weights = np.ones(6000, np.int32), np.ones(6000, np.float32)
+row = Exchange("", "", ids[:10], weights[:10] * 0, ids, weights, "compared")
+model = TreeModel(LlamaForCausalLM(config), one_by_one="")
+
+class Limit:
+    def started(self, resolved):
+        held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (held + (100 << 20),) * 2)
+    def stepped(self, step): pass
+    def evaluated(self, evaluation): pass
+
+try:
+    fit(model, [TokenTree.from_exchanges([row])], TrainOptions(max_steps=1), tokens_per_batch=8192, watchers=[Limit()])
+except TrainingError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of memory are Linux's")
+def test_memory_that_runs_out_names_the_batch_and_what_to_lower():
+    done = subprocess.run([sys.executable, "-c", _SHORT_OF_MEMORY], capture_output=True, text=True)
+    assert re.match(
+        r"step 1: memory ran out on a batch of 6,009 tokens \(1 exchanges, the longest of 6,009 tokens, 6,000 targets"
+        r"\)\n"
+        r"  Lower --tokens-per-batch, .* or turn on --activation-checkpointing on\.",
+        done.stdout,
+    ), done.stdout + done.stderr[-2000:]
 
 
 def test_nothing_to_train():

@@ -26,10 +26,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from instil.errors import TrainingError
 from instil.training.distributed import Processes
@@ -74,11 +70,16 @@ class Checkpoint:
 
     def kinds(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
         """The type and the whole shape of each tensor."""
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
         metadata: dict[str, Any] = HuggingFaceStorageReader(str(self.folder)).read_metadata().state_dict_metadata
         return {name: (each.properties.dtype, each.size) for name, each in metadata.items()}
 
     def load(self, tensors: dict[str, Tensor], processes: Processes) -> None:
         """Read tensors in place; of those that processes hold in parts, each its part."""
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+        from torch.distributed.checkpoint.state_dict_loader import load
+
         with torch.no_grad(), processes.together(), _alone():
             load(
                 {name: each.detach() for name, each in tensors.items()},
@@ -148,14 +149,7 @@ class Checkpoints:
                     shutil.rmtree(left)
                 draft.mkdir(parents=True)
             self.processes.wait()
-            with self.processes.together(), _alone():
-                save(
-                    dict(tensors),
-                    storage_writer=HuggingFaceStorageWriter(
-                        str(draft), fqn_to_index_mapping=_files(tensors), save_distributed=True
-                    ),
-                    no_dist=self.processes.size == 1,
-                )
+            self._write(tensors, draft)
             self.processes.wait()
             if self.processes.first:
                 write_metrics(draft / _METRICS, steps, evaluations)
@@ -164,6 +158,15 @@ class Checkpoints:
                 seal(draft)
                 self._put(draft, final)
         return final
+
+    def _write(self, tensors: Mapping[str, Tensor], draft: Path) -> None:
+        """Write tensors, each process its part."""
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter  # which takes a second to import
+        from torch.distributed.checkpoint.state_dict_saver import save
+
+        writer = HuggingFaceStorageWriter(str(draft), fqn_to_index_mapping=_files(tensors), save_distributed=True)
+        with self.processes.together(), _alone():
+            save(dict(tensors), storage_writer=writer, no_dist=self.processes.size == 1)
 
     def _put(self, draft: Path, final: Path) -> None:
         """Move a sealed checkpoint to its place; once it has been read back, those beyond the number to keep go."""
@@ -190,18 +193,15 @@ class Checkpoints:
         """Leave nothing half-written, and say what went wrong."""
         try:
             yield
-        except (OSError, CheckpointException) as error:
+        except BaseException as error:
             shutil.rmtree(draft, ignore_errors=True)
-            reason = _cause(error)
+            reason = _of_the_system(error)
             if reason is None:
                 raise
             raise TrainingError(
                 f"{self.folder}: the checkpoint of step {step:,} cannot be written: {reason}",
                 "Older checkpoints are as they were: make room and go on with --resume.",
             ) from error
-        except BaseException:
-            shutil.rmtree(draft, ignore_errors=True)
-            raise
 
 
 @contextmanager
@@ -224,13 +224,11 @@ def _files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     return found
 
 
-def _cause(error: BaseException) -> str | None:
-    """The words of the system that an error comes from."""
-    several: dict[int, Any] = getattr(error, "failures", {})  # of a CheckpointException, by process
-    cause: BaseException | None = next((failure[0] for failure in several.values()), error)
-    while cause is not None and not isinstance(cause, OSError):
-        cause = cause.__cause__ or cause.__context__
-    return None if cause is None else cause.strerror or str(cause)
+def _of_the_system(error: BaseException) -> str | None:
+    """The words of the system if it is what failed; torch puts its own error around that."""
+    failures: dict[int, Any] = getattr(error, "failures", {})  # by process
+    cause = next((failure[0] for failure in failures.values()), error)
+    return cause.strerror or str(cause) if isinstance(cause, OSError) else None
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from instil.errors import TrainingError
 from instil.packing import PackedBatch
@@ -134,7 +133,7 @@ class Processes:
         """Make each gradient the sum of all processes'; those of sharded parameters are so already."""
         if self.size == 1:
             return
-        held = [each for each in parameters if not isinstance(each, DTensor)]
+        held = [each for each in parameters if not _is_sharded(each)]
         for each in held:
             if each.grad is None:
                 each.grad = torch.zeros_like(each)
@@ -178,4 +177,8 @@ def shard(model: nn.Module, layers: Sequence[nn.Module], methods: Sequence[str])
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor that processes hold in parts, put together; all of them must ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if _is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")  # a DTensor, whose module takes a second to import

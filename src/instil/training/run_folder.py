@@ -10,6 +10,7 @@ The process that trains holds a lock on the folder: a run that says it is runnin
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -17,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from instil.errors import Interrupted, UsageError
+from instil.errors import Interrupted, TrainingError, UsageError
 from instil.training.checkpoint import Checkpoint
 from instil.training.config import TrainConfig
 from instil.training.events import Evaluation, Resolved, Step
@@ -72,10 +73,12 @@ class RunFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._lines is not None:
-            self._lines.close()
-            if error is not None:
-                stopped = not isinstance(error, Exception) or isinstance(error, Interrupted)
-                self._write("interrupted" if stopped else "failed", str(error).split("\n")[0] or type(error).__name__)
+            with contextlib.suppress(OSError):  # a full disk: what ended the run says so
+                if error is not None:
+                    stopped = not isinstance(error, Exception) or isinstance(error, Interrupted)
+                    reason = str(error).split("\n")[0] or type(error).__name__
+                    self._write("interrupted" if stopped else "failed", reason)
+                self._lines.close()
         elif self._made:
             self.folder.rmdir()  # nothing has begun
         if self._lock is not None:
@@ -109,8 +112,13 @@ class RunFolder:
 
     def _append(self, event: Step | Evaluation) -> None:
         assert self._lines is not None
-        self._lines.write(to_line(event))
-        self._lines.flush()
+        try:
+            self._lines.write(to_line(event))
+            self._lines.flush()
+        except OSError as error:
+            raise TrainingError(
+                f"{self.folder / METRICS}: cannot be written: {error.strerror}", "Make room and go on with --resume."
+            ) from error
 
     def _write(self, state: str, reason: str | None) -> None:
         write_json(self.folder / RECORD, {**self.record, "state": state, "ended": reason})
