@@ -29,11 +29,16 @@ class TreeModel(nn.Module):
         bf16: Whether products are computed in bf16 where the weights are float32.
         one_by_one: Why the model cannot read trees, as `admit` found; "" if it can. Then it reads path after path,
             through its own attention.
+        fused_head: Whether the head and the loss are computed together, in chunks; None for so on CUDA alone. A head
+            that does more than multiply is not.
     """
 
-    def __init__(self, model: nn.Module, *, bf16: bool = False, one_by_one: str | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, *, bf16: bool = False, one_by_one: str | None = None, fused_head: bool | None = None
+    ) -> None:
         super().__init__()
         self.model = cast(Any, model)
+        self.fused_head = (self.device.type == "cuda" if fused_head is None else fused_head) and self._only_multiplies
         self.bf16 = bf16
         self.one_by_one = admit(self.base, _reading) if one_by_one is None else one_by_one
         self._regime = _regime(self.base.config)
@@ -108,16 +113,19 @@ class TreeModel(nn.Module):
         with self._precision():
             if self.one_by_one:
                 own = self.base(**read).logits[0]  # (T, V)
-                return _cross_entropy(own[torch.from_numpy(rows).to(device)], at, ids)
+                return cross_entropy(own[torch.from_numpy(rows).to(device)], at, ids)
             with without_masks():
                 hidden = self.base.base_model(**read, layout=layout).last_hidden_state[0]  # (T, D)
             return self._of_rows(hidden[torch.from_numpy(rows).to(device)], at, ids)
 
     def _of_rows(self, hidden: Tensor, row_of: Tensor, ids: Tensor) -> Tensor:
         """(S,) the cross-entropy of targets at rows of hidden states, (R, D)."""
+        if self.fused_head:
+            head = self.base.get_output_embeddings()
+            return fused_cross_entropy(hidden[row_of], head.weight, head.bias, ids)
         pieces = -(-hidden.shape[0] * self.base.config.vocab_size // LOGITS_AT_ONCE)
         if pieces <= 1:
-            return _cross_entropy(self.logits(hidden), row_of, ids)
+            return cross_entropy(self.logits(hidden), row_of, ids)
         from torch.utils.checkpoint import checkpoint
 
         size = -(-hidden.shape[0] // pieces)
@@ -127,7 +135,7 @@ class TreeModel(nn.Module):
             piece = hidden[start : start + size]
 
             def of_piece(piece: Tensor, rows: Tensor, ids: Tensor) -> Tensor:
-                return _cross_entropy(self.logits(piece), rows, ids)
+                return cross_entropy(self.logits(piece), rows, ids)
 
             losses.append(checkpoint(of_piece, piece, row_of[at] - start, ids[at], use_reentrant=False))
             places.append(at)
@@ -153,6 +161,12 @@ class TreeModel(nn.Module):
             cap = getattr(config, "final_logit_softcapping", None)
             return logits if cap is None else cap * torch.tanh(logits / cap)
 
+    @property
+    def _only_multiplies(self) -> bool:
+        config = self.base.config
+        names = "final_logit_softcapping", "logit_scale", "logits_scaling"
+        return type(self.base.get_output_embeddings()) is nn.Linear and not any(getattr(config, n, None) for n in names)
+
     def _precision(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
 
@@ -161,7 +175,40 @@ def _reading(model: nn.Module, one_by_one: str) -> TreeModel:
     return TreeModel(model, one_by_one=one_by_one)
 
 
-def _cross_entropy(logits: Tensor, row_of: Tensor, ids: Tensor) -> Tensor:
+def fused_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor) -> Tensor:
+    """The cross-entropy of rows of hidden states, without ever holding all logits.
+
+    Args:
+        hidden: (S, D).
+        weight: (V, D), of the head.
+        bias: (V,), of the head, if it has one.
+        ids: (S,), the targets.
+
+    Returns:
+        (S,) float32 at least, in nats.
+    """
+    with torch.profiler.record_function("instil::head"):
+        return nn.functional.linear_cross_entropy(
+            hidden,
+            weight.to(hidden.dtype),
+            ids,
+            linear_bias=None if bias is None else bias.to(hidden.dtype),
+            reduction="none",
+            options=nn.LinearCrossEntropyOptions(acc_policy="accurate"),
+        ).to(torch.promote_types(hidden.dtype, torch.float32))
+
+
+def cross_entropy(logits: Tensor, row_of: Tensor, ids: Tensor) -> Tensor:
+    """The cross-entropy of targets, of which one row may have several.
+
+    Args:
+        logits: (R, V).
+        row_of: (S,), the row of each target.
+        ids: (S,), the targets.
+
+    Returns:
+        (S,) float32 at least, in nats.
+    """
     found: Tensor = _CrossEntropy.apply(logits, row_of, ids)  # type: ignore[no-untyped-call]
     return found
 
