@@ -96,9 +96,11 @@ def _show(config: TrainConfig) -> None:
 def _train(config: TrainConfig) -> None:
     from instil.cli.progress import Progress
     from instil.training.output import check_output
+    from instil.training.trackers import check_trackers
 
     assert config.output is not None
     check_output(config.output, resume=config.resume)  # before torch is loaded, which takes its time
+    check_trackers(config.trackers)
     from instil.training import train as run
 
     _hush()

@@ -22,6 +22,7 @@ _GAP = Message("user", fields={"prefix": "def add(a, b):\n    return ", "suffix"
 _ANSWERS = (_QUESTION, Message("assistant", "Lima.")), (_GAP, Message("assistant", "a + b"))
 
 _ELSEWHERE = ("data", "eval_data", "output", "model", "init", "tokenizer", "rejects", "cache", "cache_dir", "workers")
+_OF_TRACKERS = ("trackers", "tracker_project", "run_name")
 _OF_LORA = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "rslora", "dora")
 
 _USE_MODEL = """\
@@ -208,7 +209,7 @@ def _results(provenance: Mapping[str, Any], curve: bool) -> str:
 
 def _hyperparameters(provenance: Mapping[str, Any]) -> str:
     """What was chosen, less what stands elsewhere in the card, and what was resolved, which wins."""
-    chosen = {key: value for key, value in provenance["config"].items() if key not in _ELSEWHERE}
+    chosen = {key: value for key, value in provenance["config"].items() if key not in (*_ELSEWHERE, *_OF_TRACKERS)}
     if chosen.get("adapter") != "lora":
         chosen = {key: value for key, value in chosen.items() if key not in _OF_LORA}
     shown = {**chosen, **provenance["resolved"]}

@@ -12,13 +12,13 @@ from instil.errors import UsageError, nearest
 from instil.model.options import ModelOptions
 from instil.packing.options import PackOptions
 from instil.prompt.options import PromptOptions
-from instil.training.options import OutputOptions, TrainOptions
+from instil.training.options import OutputOptions, TrackerOptions, TrainOptions
 
 _OF_LORA = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "rslora", "dora")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
-class TrainConfig(OutputOptions, TrainOptions, ModelOptions, PackOptions, PromptOptions, DataOptions):
+class TrainConfig(TrackerOptions, OutputOptions, TrainOptions, ModelOptions, PackOptions, PromptOptions, DataOptions):
     """A training run, whole: the data, the prompts, the batches, the model, the training, the output.
 
     Raises:

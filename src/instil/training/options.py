@@ -81,3 +81,20 @@ class OutputOptions(BaseModel):
     allow_changed: list[str] = Field(
         default_factory=list, description="Names of settings that may differ from those of the checkpoint."
     )
+
+
+class TrackerOptions(BaseModel):
+    """Which experiment trackers watch a run, and what they call it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
+        default_factory=list, description="Experiment trackers that are told of the run as it goes."
+    )
+    tracker_project: str | None = Field(
+        default=None,
+        description="Project, or experiment, that takes the run; that of the tracker's own environment, or instil.",
+    )
+    run_name: str | None = Field(
+        default=None, description="Name of the run in the trackers; the output folder's, unless given."
+    )

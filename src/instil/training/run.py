@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,11 @@ from instil.training.config import TrainConfig
 from instil.training.distributed import Processes, whole
 from instil.training.events import Outcome, Resolved, Watcher
 from instil.training.files import plain
-from instil.training.options import OutputOptions
+from instil.training.options import OutputOptions, TrackerOptions
 from instil.training.output import check_output, describe_data, describe_run, write_output
 from instil.training.run_folder import CHECKPOINTS, RunFolder
 from instil.training.steps import Steps
+from instil.training.trackers import check_trackers, trackers
 
 
 def train(config: TrainConfig, watchers: Sequence[Watcher] = (), *, stopping: Callable[[], int] = lambda: 0) -> Outcome:
@@ -51,6 +52,7 @@ def train(config: TrainConfig, watchers: Sequence[Watcher] = (), *, stopping: Ca
     if config.output is None:
         raise UsageError("output: is missing", "Name the folder that takes the tuned model.")
     check_output(config.output, resume=config.resume)
+    check_trackers(config.trackers)
     processes = Processes.join()
     try:
         return _train(config, config.output, watchers, stopping, processes)
@@ -74,7 +76,8 @@ def _train(
         processes=processes,
     )
     folder = RunFolder(config, record) if processes.first else None
-    with folder or nullcontext():
+    told: AbstractContextManager[list[Watcher]] = trackers(config) if folder is not None else nullcontext([])
+    with folder or nullcontext(), told as tracking:
         processes.wait()  # until the folder is locked
         resume = _to_resume(checkpoints, config, processes)
         if folder is not None and resume is not None:
@@ -88,7 +91,7 @@ def _train(
             tokens_per_batch=config.tokens_per_batch,
             share_prefixes=config.share_prefixes,
             seed=config.seed,
-            watchers=[folder, *watchers] if folder is not None else watchers,
+            watchers=[folder, *tracking, *watchers] if folder is not None else watchers,
             processes=processes,
             checkpoints=checkpoints,
             resume=resume,
@@ -154,6 +157,7 @@ def _said(value: Any) -> str:
 
 _NOT_OF_THE_WEIGHTS = {
     *OutputOptions.model_fields,
+    *TrackerOptions.model_fields,
     *("activation_checkpointing", "cache", "cache_dir", "data", "eval_data", "max_nonfinite", "merge_adapter"),
     *("on_nonfinite", "rejects", "shard", "tokenizer", "trust_remote_code", "workers"),
 }

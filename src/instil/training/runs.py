@@ -1,0 +1,168 @@
+"""Runs as their folders tell of them: found, read and never changed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from instil.errors import UsageError, nearest
+from instil.training.events import Evaluation, Step
+from instil.training.metrics import read_metrics
+
+try:
+    import fcntl
+except ImportError:  # Windows has none, and so no lock
+    fcntl = None  # type: ignore[assignment]
+
+_RECORD, _METRICS = "instil.json", "metrics.jsonl"
+_STATES = ("running", "finished", "interrupted", "failed")
+_LIST = "List those there are with: instil runs DIR"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run, as far as it has come.
+
+    Args:
+        name: Its folder, as it was named or as it was found below the one named.
+        state: running, finished, interrupted, failed; killed, if it says running and no process trains there; or
+            unreadable.
+        reason: Why it ended before its time, or why it cannot be read; None otherwise.
+        started: When it was begun or resumed; None where an older record does not say.
+        steps: The optimizer steps that it is to take; None if that is not known.
+        data: The files and data sets that it trains on.
+        history: Every step so far.
+        evaluations: Every evaluation so far.
+        record: All of `instil.json`.
+    """
+
+    name: str
+    state: str
+    reason: str | None = None
+    started: datetime | None = None
+    steps: int | None = None
+    data: Sequence[str] = ()
+    history: Sequence[Step] = ()
+    evaluations: Sequence[Evaluation] = ()
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def step(self) -> int:
+        """The last step taken; 0 before the first."""
+        return self.history[-1].step if self.history else 0
+
+    @property
+    def loss(self) -> float | None:
+        """The loss of the last step, in nats a token."""
+        return self.history[-1].loss if self.history else None
+
+    @property
+    def best(self) -> Evaluation | None:
+        """The evaluation of the lowest loss."""
+        measured = [each for each in self.evaluations if math.isfinite(each.eval_loss)]
+        return min(measured, key=lambda each: each.eval_loss, default=None)
+
+    @property
+    def seconds(self) -> float | None:
+        """Of training so far, evaluations included."""
+        ends = [each.seconds for each in self.history[-1:]] + [each.seconds for each in self.evaluations[-1:]]
+        return max(ends, default=None)
+
+
+def find_runs(directory: str | Path = ".") -> list[Run]:
+    """The runs in a folder and below it, in the order in which they were begun; hidden folders are passed over.
+
+    Raises:
+        UsageError: It is no folder.
+    """
+    if not Path(directory).is_dir():
+        raise UsageError(f"{directory}: is no folder", "Name one that holds runs.")
+    found = []
+    for place, folders, files in os.walk(directory):
+        if _RECORD in files:
+            folders.clear()  # what a run holds is its own
+            try:
+                found.append(read_run(Path(place)))
+            except UsageError as error:
+                reason = error.message.removeprefix(f"{Path(place)}: ")
+                found.append(Run(str(Path(place)), "unreadable", reason))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+    first = datetime.min.replace(tzinfo=UTC)
+    return sorted(found, key=lambda run: (run.started or first, run.name))
+
+
+def read_run(folder: str | Path) -> Run:
+    """The run of a folder.
+
+    Raises:
+        UsageError: There is none, or its files cannot be read.
+    """
+    folder = Path(folder)
+    try:
+        record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UsageError(f"{folder}: holds no run (there is no {_RECORD})", _near(folder)) from error
+    except OSError as error:
+        raise UsageError(f"{folder}: {_RECORD} cannot be read: {error.strerror or error}", _LIST) from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{folder}: {_RECORD} is no JSON: {error}", _LIST) from error
+    if not isinstance(record, dict):
+        raise UsageError(f"{folder}: {_RECORD} is no record of a run: it holds no object", _LIST)
+    try:
+        state, started = record.get("state", "finished"), record.get("started")
+        if state not in _STATES:
+            raise UsageError(f"{folder}: {_RECORD}: state {state!r} is none that is known", "Is Instil up to date?")
+        metrics = folder / _METRICS
+        history, evaluations = read_metrics(metrics) if metrics.exists() else ([], [])
+        return Run(
+            name=str(folder),
+            state="killed" if state == "running" and _is_free(folder) else state,
+            reason=record.get("ended"),
+            started=_time(started) if started is not None else None,
+            steps=record["resolved"]["steps"] if record.get("resolved") else None,
+            data=[str(each) for each in record["config"]["data"]],
+            history=history,
+            evaluations=evaluations,
+            record=record,
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{folder}: {_RECORD} is no record of a run: {_fault(error)}", _LIST) from error
+
+
+def _is_free(folder: Path) -> bool:
+    """Whether no process trains there: the one that does holds a lock on the folder."""
+    if fcntl is not None:
+        with contextlib.suppress(OSError):  # it is held; or the file system has no locks, and the record is believed
+            number = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(number, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return True
+            finally:
+                os.close(number)
+    return False
+
+
+def _time(text: str) -> datetime:
+    time = datetime.fromisoformat(text)
+    return time if time.tzinfo is not None else time.replace(tzinfo=UTC)
+
+
+def _near(folder: Path) -> str:
+    """The run of the nearest name beside where one was looked for."""
+    beside = folder.parent
+    try:
+        names = [str(each.parent) for each in beside.glob(f"*/{_RECORD}")]
+    except OSError:
+        names = []
+    return nearest(str(folder), names) if names else _LIST
+
+
+def _fault(error: Exception) -> str:
+    return f"{error} is missing" if isinstance(error, KeyError) else str(error)
