@@ -60,7 +60,7 @@ def save_model(
         _save_adapter(adapted, folder, growth, dtype, (place or folder).resolve(), original)
 
 
-def merged(model: nn.Module) -> nn.Module:
+def merged(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """A copy of the base model with the adapter merged into its weights; `model` stays as it is.
 
     Below an adapter that was trained on quantized weights, these are dequantized, not the original ones: the adapter
@@ -69,22 +69,29 @@ def merged(model: nn.Module) -> nn.Module:
 
     Args:
         model: A `PeftModel`.
+        dtype: That of the files to come: weights are rounded to it, and computed with in the precision they had.
     """
     adapted: Any = copy.deepcopy(model)
     if quantized_layers(model):
         adapted = _on_plain_layers(adapted)
-    return cast(nn.Module, adapted.merge_and_unload())
+    found = cast(nn.Module, adapted.merge_and_unload())
+    if dtype is not None:
+        exact = _exact(found, dtype)
+        for name, each in found.named_parameters():
+            if not exact.intersection(name.split(".")):
+                each.data = each.data.to(dtype).to(each.dtype)
+    return found
 
 
 def _on_plain_layers(adapted: Any) -> Any:
     """The adapter on the dequantized base, for peft itself would merge into 4 bits again."""
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
-    adapted.cpu()
     config = copy.deepcopy(adapted.peft_config[adapted.active_adapter])
     weights = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     base = adapted.unload()
     dequantize(base)
+    base.cpu()
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what peft says of the configuration it said at the first time
         again = get_peft_model(base, config)
@@ -112,11 +119,15 @@ def _as_it_was(model: Any) -> Iterator[None]:
         del model.can_generate
 
 
+def _exact(model: Any, dtype: torch.dtype) -> set[str]:
+    """The names of modules that stay in float32 whatever the rest is written in."""
+    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    return kept | set((getattr(model, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else ())
+
+
 def _cast(model: Any, dtype: torch.dtype) -> dict[str, Tensor]:
     """The weights in another precision; tied ones stay one tensor, so that they are written once."""
-    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-    if dtype == torch.float16:
-        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    kept = _exact(model, dtype)
     done: dict[tuple[int, torch.Size], Tensor] = {}
     found = {}
     for name, value in model.state_dict().items():

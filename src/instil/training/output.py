@@ -33,12 +33,13 @@ from instil.errors import UsageError
 from instil.packing import Prepared
 from instil.prompt import ChatTemplate, Renderer, Tokenizer
 from instil.training.card import draw_loss, example_of, model_card
+from instil.training.comparison import Comparison
 from instil.training.events import Outcome, Resolved
 from instil.training.metrics import write_metrics
 
 _FRESH = "Name a new folder, as in --output tuned."
 _NO_CURVE = "the model card has no loss curve: matplotlib is not installed (pip install matplotlib)"
-_PACKAGES = ("instil", "torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
+_PACKAGES = ("instil", "torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors", "numpy")
 _PROBE = "Hello, World! It's 12,345.67 – naïve café, 日本語, Ελληνικά 🙂\n\n\tdef f(x):\n    return x  +  1\n"
 
 # Held by tokenizer.json or chat_template.jinja, where it says more or would be said twice.
@@ -102,6 +103,7 @@ def write_output(
     data: Mapping[str, Any],
     eval_data: Mapping[str, Any] | None = None,
     generation_config: Mapping[str, Any] | None = None,
+    comparison: Comparison | None = None,
 ) -> list[str]:
     """Write the output folder, whole or not at all: beside its place first, then renamed.
 
@@ -117,6 +119,7 @@ def write_output(
         eval_data: The same of the held-out files, if there are any.
         generation_config: What the base model generates with, if `save` writes no `generation_config.json` and the
             model is no local folder.
+        comparison: Of the merged model with the quantized one that was trained.
 
     Returns:
         What a person should know about what was written, a sentence each.
@@ -133,6 +136,7 @@ def write_output(
         base = _base_model(config)
         stops = {token: renderer.tokenizer.backend.token_to_id(token) for token in prepared.stop_tokens}
         notes = save_tokenizer(draft, renderer.tokenizer, renderer.template)
+        notes += _of_quantization(config, comparison)
         _save_generation_config(draft, base, generation_config, [i for i in stops.values() if i is not None])
         write_metrics(draft / "metrics.jsonl", outcome.history, outcome.evaluations)
         provenance = {
@@ -157,6 +161,7 @@ def write_output(
             "stop_tokens": stops,
             "added_tokens": {t: renderer.tokenizer.backend.token_to_id(t) for t in renderer.tokenizer.added},
             "outcome": _ending(outcome),
+            "comparison": comparison and comparison.to_dict(),
             "notes": notes,
             "versions": versions(),
         }
@@ -250,6 +255,15 @@ def _save_generation_config(folder: Path, base: str | None, given: Mapping[str, 
         config["eos_token_id"] = stops
     config.pop("_from_model_config", None)  # else transformers would take it for a guess, and make its own
     _write_json(file, config)
+
+
+def _of_quantization(config: BaseModel, comparison: Comparison | None) -> list[str]:
+    """What to know of an adapter that was trained on a quantized base, or of a model that it was merged into."""
+    if getattr(config, "quantize", "none") == "none":
+        return []
+    if comparison is None:
+        return ["the adapter was trained on a base in 4 bits (NF4); in full precision its base is a little another one"]
+    return [f"the adapter was merged into the dequantized weights that it was trained on: {comparison}"]
 
 
 def _ending(outcome: Outcome) -> dict[str, Any]:
