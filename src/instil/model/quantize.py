@@ -70,7 +70,7 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def describe(model: nn.Module) -> str:
-    """What of the base is in 4 bits and what is not, by the kind of layer; "" where nothing is."""
+    """What of a frozen base is in 4 bits and what is not, by the kind of layer; "" where nothing is."""
     layers = quantized_layers(model)
     if not layers:
         return ""
