@@ -124,7 +124,9 @@ def test_in_bf16_a_layer_computes_in_bf16_whatever_it_is_given():
     _, layer = quantized_layers(model)[0]
     given = torch.randn(3, layer.in_features)
     assert weights_of(layer).dtype == torch.bfloat16
-    assert torch.equal(layer(given), torch.nn.functional.linear(given.bfloat16(), weights_of(layer)))
+    found = layer(given)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, torch.nn.functional.linear(given.bfloat16(), weights_of(layer)))
 
 
 def test_the_same_base_gives_the_same_bits(saved):
