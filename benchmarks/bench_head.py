@@ -116,7 +116,9 @@ def main() -> None:
         for name, way in found.items():
             took, peak, results = once(way, hidden, weight, ids, weights)
             taken[name].append((took, peak))
-            errors[name] = [float((one - other).norm() / other.norm()) for one, other in zip(results, expected, strict=True)]
+            errors[name] = [
+                float((one - other).norm() / other.norm()) for one, other in zip(results, expected, strict=True)
+            ]
     where = torch.cuda.get_device_name() if chosen.device == "cuda" else "CPU"
     print(
         f"{where}, torch {torch.__version__}: {chosen.rows:,} rows of {chosen.hidden}, {chosen.vocabulary:,} tokens\n"

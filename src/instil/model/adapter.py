@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from instil.errors import ModelError, nearest
 from instil.model.load import vocabulary_layers
 from instil.model.options import ModelOptions
+from instil.model.quantize import count_parameters
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -50,7 +51,7 @@ def add_lora(model: nn.Module, options: ModelOptions, new_ids: Sequence[int] = (
         target_modules=_targets(model, options.lora_targets),
         use_rslora=options.rslora,
         use_dora=options.dora,
-        fan_in_fan_out=any(isinstance(each, Conv1D) for each in model.modules()),  # GPT-2 holds weights transposed
+        fan_in_fan_out=any(_source(each) is Conv1D for each in model.modules()),  # GPT-2 holds weights transposed
         trainable_token_indices={name: sorted(new_ids) for name in _token_layers(model)} if new_ids else None,
     )
     with torch.random.fork_rng(), warnings.catch_warnings():
@@ -70,9 +71,13 @@ def add_lora(model: nn.Module, options: ModelOptions, new_ids: Sequence[int] = (
 
 
 def trained_parameters(model: nn.Module) -> tuple[int, int]:
-    """How many parameters train, and how many there are, those of an adapter included."""
-    parameters = list(model.parameters())
-    return sum(each.numel() for each in parameters if each.requires_grad), sum(each.numel() for each in parameters)
+    """How many parameters train, and how many there are, those of an adapter included; packed ones count in full."""
+    return sum(each.numel() for each in model.parameters() if each.requires_grad), count_parameters(model)
+
+
+def _source(layer: nn.Module) -> type:
+    """What kind of layer it is, or was before it was quantized."""
+    return cast(type, getattr(layer, "source_cls", type(layer)))
 
 
 def _targets(model: nn.Module, targets: Sequence[str]) -> str | list[str]:

@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from instil.errors import ModelError
 from instil.model.options import ModelOptions
+from instil.model.quantize import quantize
 from instil.prompt.tokenizer import Tokenizer
 
 BASE = "base"
@@ -43,7 +44,7 @@ def load_model(options: ModelOptions, *, dtype: torch.dtype = torch.float32, see
     """The model to train, on the CPU, all its weights trainable (of a kept adapter only those of the adapter).
 
     Args:
-        options: Where it comes from.
+        options: Where it comes from, and whether its linear layers are quantized; then those are frozen.
         dtype: Of the weights in memory.
         seed: Of random weights, where `init` asks for them.
 
@@ -55,14 +56,16 @@ def load_model(options: ModelOptions, *, dtype: torch.dtype = torch.float32, see
     """
     with quiet():
         if options.init is not None and options.model is None:
-            return _random_model(options.init, options.trust_remote_code, dtype, seed)
+            return _held(_random_model(options.init, options.trust_remote_code, dtype, seed), options)
         name = _named(options)
         found = _adapter_config(name)
         if found is None:
-            return cast(nn.Module, _load_base(name, options.trust_remote_code, dtype))
+            return _held(_load_base(name, options.trust_remote_code, dtype), options)
         folder, config = found
         base = _load_base(_base_of_adapter(folder, config), options.trust_remote_code, dtype)
-        return _with_adapter(base, folder, config, keep=options.base_adapter == "keep")
+        if options.base_adapter == "keep":
+            return _with_adapter(_held(base, options), folder, config, keep=True)
+        return _held(_with_adapter(base, folder, config, keep=False), options)
 
 
 def is_adapter(folder: str | Path) -> bool:
@@ -157,6 +160,11 @@ def vocabulary_layers(model: Any) -> list[nn.Module]:
     return [layer for layer in layers if layer is not None]
 
 
+def _held(model: nn.Module, options: ModelOptions) -> nn.Module:
+    """The model as it is held in memory: quantized, if that is asked for."""
+    return quantize(model) if options.quantize == "nf4" else model
+
+
 def _named(options: ModelOptions) -> str:
     if options.model is None or options.init is not None:
         given = "both --model and --init are" if options.model is not None else "neither --model nor --init is"
@@ -189,6 +197,7 @@ def _load_base(name: str, trust: bool, dtype: torch.dtype) -> Any:
     local = _is_local(name)
     config = _read_config(name, trust)
     _check_kind(config, name)
+    _check_precision(config, name)
     _check_weights(name)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -237,6 +246,17 @@ def _check_kind(config: Any, name: str) -> None:
         f"{name}: is {wrong}; only a causal (decoder-only) language model can be tuned",
         "Give a model such as Llama, Qwen, Mistral, Gemma, Phi or GPT-NeoX.",
     )
+
+
+def _check_precision(config: Any, name: str) -> None:
+    """Refuse weights that bitsandbytes has quantized: they could be neither trained nor saved again as they were."""
+    given = getattr(config, "quantization_config", None) or {}
+    method = given.get("quant_method") if isinstance(given, dict) else getattr(given, "quant_method", None)
+    if "bitsandbytes" in str(getattr(method, "value", method)):
+        raise ModelError(
+            f"{name}: its weights are quantized already (bitsandbytes)",
+            "Give the model that it was made of; --quantize nf4 quantizes it while it is loaded.",
+        )
 
 
 def _check_weights(name: str) -> None:

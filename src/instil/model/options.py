@@ -42,6 +42,10 @@ class ModelOptions(BaseModel):
     )
     rslora: bool = Field(default=False, description="Scale by the root of the rank, which suits large ranks.")
     dora: bool = Field(default=False, description="Also train the length of each output's weights (DoRA); slower.")
+    quantize: Literal["none", "nf4"] = Field(
+        default="none",
+        description="Hold the frozen linear layers of the base in 4 bits below the adapter (QLoRA).",
+    )
     merge_adapter: bool = Field(
         default=False, description="Save the model with the adapter merged into it, in place of the adapter."
     )

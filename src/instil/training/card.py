@@ -92,6 +92,7 @@ def model_card(provenance: Mapping[str, Any], name: str, example: Example | None
         "## Prompt format\n\n" + _prompt_format(provenance, example),
         "## Training data\n\n" + _data(provenance),
         "## Results\n\n" + _results(provenance, curve),
+        *(["## Merged and quantized\n\n" + _compared(compared)] if (compared := provenance.get("comparison")) else []),
         "## Hyperparameters\n\n" + _hyperparameters(provenance),
     ]
     return "\n".join(sections)
@@ -205,6 +206,17 @@ def _results(provenance: Mapping[str, Any], curve: bool) -> str:
     rows.append(("Seconds", f"{outcome['seconds']:,.0f}"))
     text = "Losses are means of the cross-entropy of trained tokens, in nats.\n\n" + _table(("", ""), rows)
     return text + ("\n![Loss over the steps](loss.svg)\n" if curve else "")
+
+
+def _compared(comparison: Mapping[str, Any]) -> str:
+    """The merged model beside the one that was trained; prompts stay with their owner."""
+    rows = [(str(each["row"]), _code(each["quantized"]), _code(each["merged"])) for each in comparison["answers"]]
+    losses = [f"{comparison[name]:.4f}" for name in ("quantized_loss", "merged_loss")]
+    return (
+        "The adapter was trained on a base in 4 bits (NF4) and merged into its dequantized weights. Greedy answers to "
+        "rows of the data, begun, and the loss on them, before and after:\n\n"
+        + _table(("Row", "Quantized, with the adapter", "Merged"), [*rows, ("Loss", *losses)])
+    )
 
 
 def _hyperparameters(provenance: Mapping[str, Any]) -> str:

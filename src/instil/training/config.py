@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import yaml
@@ -99,11 +100,25 @@ def _check_adapter(config: TrainConfig) -> None:
         raise UsageError("--base-adapter keep: a new model has no adapter", "Leave it out, or name a --model.")
     if config.merge_adapter and not kept and config.adapter != "lora":
         raise UsageError("--merge-adapter: there is no adapter to merge", "Add --adapter lora, or leave it out.")
+    if config.quantize != "none":
+        _check_quantize(config)
     for name in () if config.adapter == "lora" else _OF_LORA:
         if getattr(config, name) != TrainConfig.model_fields[name].get_default(call_default_factory=True):
             raise UsageError(
                 f"--{_flag(name)}: says how a LoRA adapter is made", "Add --adapter lora, or leave it out."
             )
+
+
+def _check_quantize(config: TrainConfig) -> None:
+    if config.adapter != "lora" and config.base_adapter != "keep":
+        raise UsageError(
+            f"--quantize {config.quantize}: weights in 4 bits cannot be trained themselves",
+            "Add --adapter lora, which trains an adapter on them, or leave --quantize out.",
+        )
+    if find_spec("bitsandbytes") is None:
+        raise UsageError(
+            f"--quantize {config.quantize}: needs the package 'bitsandbytes'", "pip install 'instil[qlora]'"
+        )
 
 
 def _check_evaluation(config: TrainConfig) -> None:

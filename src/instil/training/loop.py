@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from instil.errors import Interrupted, TrainingError
+from instil.model.adapter import trained_parameters
 from instil.model.forward import TreeModel
+from instil.model.quantize import describe
 from instil.objectives import supervised
 from instil.packing import PackedBatch, StoredTrees, TokenTree, pack
 from instil.packing.packs import Sharing
@@ -147,7 +149,7 @@ def resolve(model: TreeModel, steps: Steps, options: TrainOptions, resume: Check
     """
     count = options.max_steps or max(1, round(options.epochs * steps.per_epoch))
     lora = hasattr(model.model, "peft_config")
-    trained, parameters = (sum(each.numel() for each in group) for group in (_trained(model), model.model.parameters()))
+    trained, parameters = trained_parameters(model.model)
     checkpointing, memory = _memory(model, steps.tokens_per_batch, options.activation_checkpointing)
     work = 6 * parameters * count * steps.tokens_per_step  # multiplications and additions, roughly
     settings = {
@@ -161,6 +163,7 @@ def resolve(model: TreeModel, steps: Steps, options: TrainOptions, resume: Check
         "share_prefixes_reason": steps.reason,
         "trained_parameters": trained,
         "parameters": parameters,
+        **({"quantized": quantized} if (quantized := describe(model.model)) else {}),
         "attention": "token trees" if not model.one_by_one else f"one path at a time: {model.one_by_one}",
         "precision": "bf16" if model.bf16 else "fp32",
         "activation_checkpointing": checkpointing,

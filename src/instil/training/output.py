@@ -28,6 +28,7 @@ from instil.errors import UsageError
 from instil.packing import Prepared
 from instil.prompt import ChatTemplate, Renderer, Tokenizer
 from instil.training.card import draw_loss, example_of, model_card
+from instil.training.comparison import Comparison
 from instil.training.config import TrainConfig
 from instil.training.events import Outcome
 from instil.training.files import plain, sha256, sync, sync_one, write_json
@@ -37,7 +38,7 @@ RECORD = "instil.json"
 
 _FRESH = "Name a new folder, as in --output tuned."
 _NO_CURVE = "the model card has no loss curve: matplotlib is not installed (pip install matplotlib)"
-_PACKAGES = ("instil", "torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
+_PACKAGES = ("instil", "torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors", "numpy")
 _PROBE = "Hello, World! It's 12,345.67 – naïve café, 日本語, Ελληνικά 🙂\n\n\tdef f(x):\n    return x  +  1\n"
 
 # Held by tokenizer.json or chat_template.jinja, where it says more or would be said twice.
@@ -157,6 +158,7 @@ def write_output(
     renderer: Renderer,
     outcome: Outcome,
     generation_config: Mapping[str, Any] | None = None,
+    comparison: Comparison | None = None,
 ) -> dict[str, Any]:
     """Write the tuned model into its folder: beside its place first, then renamed, what makes it a model last.
 
@@ -168,6 +170,7 @@ def write_output(
         outcome: How the run ended.
         generation_config: What the base model generates with, if `save` writes no `generation_config.json` and the
             model is no local folder.
+        comparison: Of the merged model with the quantized one that was trained.
 
     Returns:
         What the run came to, for `instil.json`: `kind`, `outcome` and `notes`, what a person should know about what was
@@ -185,10 +188,12 @@ def write_output(
         save(draft)
         stops = [number for number in record["stop_tokens"].values() if number is not None]
         notes = save_tokenizer(draft, renderer.tokenizer, renderer.template)
+        notes += _of_quantization(record, comparison)
         _save_generation_config(draft, record["base_model"], generation_config, stops)
         ended: dict[str, Any] = {
             "kind": "adapter" if (draft / ADAPTER_CONFIG).exists() else "model",
             "outcome": _ending(outcome),
+            "comparison": comparison and comparison.to_dict(),
             "notes": notes,
         }
         drawn = draw_loss(draft / "loss.svg", outcome.history, outcome.evaluations)
@@ -278,6 +283,15 @@ def _save_generation_config(folder: Path, base: str | None, given: Mapping[str, 
         config["eos_token_id"] = stops
     config.pop("_from_model_config", None)  # else transformers would take it for a guess, and make its own
     write_json(file, config)
+
+
+def _of_quantization(record: Mapping[str, Any], comparison: Comparison | None) -> list[str]:
+    """What to know of an adapter that was trained on a quantized base, or of a model that it was merged into."""
+    if record["config"].get("quantize", "none") == "none":
+        return []
+    if comparison is None:
+        return ["the adapter was trained on a base in 4 bits (NF4); in full precision its base is a little another one"]
+    return [f"the adapter was merged into the dequantized weights that it was trained on: {comparison}"]
 
 
 def _ending(outcome: Outcome) -> dict[str, Any]:

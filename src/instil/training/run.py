@@ -18,7 +18,7 @@ from instil.errors import TrainingError, UsageError
 from instil.model.adapter import add_lora
 from instil.model.forward import TreeModel
 from instil.model.load import check_vocabulary, checkpoint_dtype, load_model
-from instil.model.save import save_model
+from instil.model.save import merged, save_model
 from instil.model.tokens import Growth, reserve_tokens
 from instil.packing import Prepared, StoredTrees, TokenTree, cache_folder, prepare
 from instil.packing.tree import LABELS, Ints
@@ -26,6 +26,7 @@ from instil.prompt import PromptOptions, builtin_templates, load_renderer
 from instil.prompt.render import Renderer
 from instil.training import loop
 from instil.training.checkpoint import Checkpoint, Checkpoints, differences
+from instil.training.comparison import Comparison, compare
 from instil.training.config import TrainConfig
 from instil.training.distributed import Processes, whole
 from instil.training.events import Outcome, Resolved, Watcher
@@ -102,6 +103,10 @@ def _train(
         if folder is None:
             return outcome
         generation = getattr(reader.base, "generation_config", None)
+        dtype, comparison = checkpoint_dtype(config), None
+        if config.quantize != "none" and config.merge_adapter:
+            model = merged(model, dtype)
+            comparison = _compared(reader, model, data, config)
         ended = write_output(
             output,
             folder.record,
@@ -110,11 +115,13 @@ def _train(
                 place,
                 growth=growth,
                 merge=config.merge_adapter,
-                dtype=checkpoint_dtype(config),
+                dtype=dtype,
                 place=output,
+                original=lambda: _load(config.model_copy(update={"quantize": "none"}), frozen=True),
             ),
             renderer=data.renderer,
             outcome=outcome,
+            comparison=comparison,
             generation_config=generation.to_dict() if generation else None,
         )
         folder.finish(ended)
@@ -302,13 +309,30 @@ def split(trees: StoredTrees, fraction: float, seed: int) -> tuple[Ints, Ints]:
 def _model(config: TrainConfig, renderer: Renderer) -> tuple[torch.nn.Module, Growth]:
     """The model on its device, with the new tokens and the adapter."""
     lora = config.adapter == "lora"
-    model = load_model(config, dtype=_precision(config) if lora else torch.float32, seed=config.seed)
+    model = _load(config, frozen=lora or config.quantize != "none")
     check_vocabulary(model, renderer.tokenizer)
     known = builtin_templates().get(renderer.template.name)
     growth = reserve_tokens(model, renderer.tokenizer, known.special_tokens if known else {})
     if lora:
         model = add_lora(model, config, growth.ids)
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), growth
+
+
+def _load(config: TrainConfig, *, frozen: bool) -> torch.nn.Module:
+    """The model on the CPU; a frozen base in the precision of the products, one that is trained in float32."""
+    return load_model(config, dtype=_precision(config) if frozen else torch.float32, seed=config.seed)
+
+
+def _compared(reader: TreeModel, merged: torch.nn.Module, data: _Data, config: TrainConfig) -> Comparison:
+    """The quantized model with its adapter beside the merged one, which stays on the CPU where it does not fit."""
+    size = sum(each.numel() * each.element_size() for each in merged.parameters())
+    if reader.device.type == "cuda" and 1.2 * size < torch.cuda.mem_get_info(reader.device)[0]:
+        merged.to(reader.device)
+    beside = TreeModel(merged, bf16=reader.bf16, one_by_one=reader.one_by_one)
+    tokenizer = data.renderer.tokenizer
+    stops = [i for token in data.prepared.stop_tokens if (i := tokenizer.backend.token_to_id(token)) is not None]
+    rows = data.held_out or data.prepared.trees
+    return compare(reader, beside, rows, tokenizer, stops, tokens_per_batch=config.tokens_per_batch)
 
 
 def _precision(config: TrainConfig) -> torch.dtype:
