@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,7 @@ def load(file: str, known: Collection[str]) -> dict[str, Any]:
         raise UsageError(f"--config {file}: holds no settings", _EXAMPLE)
     for key, value in settings.items():
         if not isinstance(key, str):
-            remedy = "YAML reads on, off, yes and no as truth values. " if isinstance(key, bool) else ""
-            raise UsageError(f"--config {file}: {key!r} is no name of a setting", remedy + _EXAMPLE)
+            raise UsageError(f"--config {file}: {key!r} is no name of a setting", _EXAMPLE)
         if key.replace("_", "-") not in known:
             raise UsageError(f"--config {file}: {key}: there is no such setting", nearest(_flag(key), known))
         if isinstance(value, dict) and _flag(key) not in _MAPPINGS:
@@ -83,3 +83,12 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.YAMLError(f"{key.value!r} stands there twice, again in line {key.start_mark.line + 1}")
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
+
+
+# As in YAML 1.2 and in what the flags take, on and off are words.
+_BOOL = "tag:yaml.org,2002:bool"
+_Loader.yaml_implicit_resolvers = {
+    letter: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
+    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOL, re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))

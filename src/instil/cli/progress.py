@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
 from typing import Any
@@ -42,19 +43,44 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        with self._heard():
+            if self._bar is not None:
+                self._bar.stop()
 
     def started(self, resolved: Resolved) -> None:
         """Show what was resolved; begin the bar."""
+        with self._heard():
+            self._start(resolved)
+
+    def stepped(self, step: Step) -> None:
+        """Move the bar on, or say a line if the last one is some time ago."""
+        with self._heard():
+            self._step(step)
+
+    def evaluated(self, evaluation: Evaluation) -> None:
+        """Say the loss on held-out rows."""
+        self._eval_loss = evaluation.eval_loss
+        best = ", the best so far" if evaluation.best else ""
+        with self._heard():
+            self._print(f"step {evaluation.step:,}: held-out loss {evaluation.eval_loss:.4f}{best}")
+
+    @contextmanager
+    def _heard(self) -> Iterator[None]:
+        """Fall silent where no one hears any more: a run is worth more than what is said of it."""
+        try:
+            yield
+        except OSError:
+            self._console = Console(quiet=True)
+            self._bar = None
+
+    def _start(self, resolved: Resolved) -> None:
         show_resolved(resolved, self._console)
         self._steps = resolved.steps
         if self._console.is_terminal:
             self._bar = Live(self._drawn(0, ""), console=self._console)
             self._bar.start()
 
-    def stepped(self, step: Step) -> None:
-        """Move the bar on, or say a line if the last one is some time ago."""
+    def _step(self, step: Step) -> None:
         left = f"{timedelta(seconds=round(step.seconds / step.step * max(0, self._steps - step.step)))} left"
         if self._bar is not None:
             self._bar.update(self._drawn(step.step, left, self._said(step)))
@@ -63,12 +89,6 @@ class Progress:
         elif step.step in (1, self._steps) or step.seconds - self._said_at >= self._seconds:
             self._said_at = step.seconds
             self._print(f"step {step.step:,}/{self._steps:,}  {self._said(step)}  {left}")
-
-    def evaluated(self, evaluation: Evaluation) -> None:
-        """Say the loss on held-out rows."""
-        self._eval_loss = evaluation.eval_loss
-        best = ", the best so far" if evaluation.best else ""
-        self._print(f"step {evaluation.step:,}: held-out loss {evaluation.eval_loss:.4f}{best}")
 
     def _said(self, step: Step) -> str:
         trained = step.tokens_per_second * step.trained_tokens / max(1, step.tokens)

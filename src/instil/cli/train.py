@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Annotated, Any
 
 from cyclopts import Parameter
@@ -110,7 +110,9 @@ def _train(config: TrainConfig) -> None:
     if not speaks:
         return
     notes = "".join(f"instil: note: {note}\n" for note in outcome.notes)
-    sys.stderr.write(f"instil: {_summary(outcome)}\n{notes}instil: wrote {config.output}\n")
+    with suppress(OSError):  # no one hears, and the model is written
+        sys.stderr.write(f"instil: {_summary(outcome)}\n{notes}instil: wrote {config.output}\n")
+        sys.stderr.flush()
 
 
 def _hush() -> None:
@@ -122,7 +124,7 @@ def _hush() -> None:
 
 
 def _summary(outcome: Outcome) -> str:
-    said = f"{outcome.steps:,} steps in {outcome.seconds:,.0f} seconds"
+    said = f"{outcome.steps:,} step{'s' if outcome.steps > 1 else ''} in {outcome.seconds:,.0f} seconds"
     if outcome.history:
         said += f", loss {outcome.history[0].loss:.4f} to {outcome.history[-1].loss:.4f}"
     if outcome.evaluations:

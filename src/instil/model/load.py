@@ -60,6 +60,8 @@ def load_model(options: ModelOptions, *, dtype: torch.dtype = torch.float32, see
         name = _named(options)
         found = _adapter_config(name)
         if found is None:
+            if options.base_adapter == "keep":
+                raise ModelError(f"--base-adapter keep: {name} has no adapter", "Leave it out, or name an adapter.")
             return _held(_load_base(name, options.trust_remote_code, dtype), options)
         folder, config = found
         base = _load_base(_base_of_adapter(folder, config), options.trust_remote_code, dtype)
@@ -296,6 +298,13 @@ def _on_hub(name: str, file: str) -> bool:
 
 
 def _check_complete(name: str, info: dict[str, Any]) -> None:
+    if info["unexpected_keys"]:
+        unused = sorted(info["unexpected_keys"])
+        raise ModelError(
+            f"{name}: {len(unused):,} weights in its files have no place in the model that its config.json describes: "
+            f"{_some(unused)}",
+            "Mend its config.json (fewer layers than there are weights for?), or take them out of the files.",
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(
@@ -370,8 +379,8 @@ def _unloadable(name: str, error: Exception) -> ModelError:
 
 
 def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def _adapter_config(name: str) -> tuple[Path, dict[str, Any]] | None:
@@ -429,9 +438,9 @@ def _with_adapter(base: Any, folder: Path, config: dict[str, Any], *, keep: bool
     from peft import PeftConfig, PeftModel
 
     _check_adapter(folder, config)
-    if _brings_embeddings(base, folder, config):
-        _from_nowhere(base)
     try:
+        if _brings_embeddings(base, folder, config):
+            _from_nowhere(base)
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             loaded = PeftConfig.from_pretrained(str(folder))

@@ -16,7 +16,7 @@ class PackOptions(BaseModel):
     share_prefixes: Literal["auto", "on", "off"] = Field(
         default="auto", description="Whether rows that begin alike share their prefix; auto decides by token counts."
     )
-    seed: int = Field(default=0, ge=0, description="Decides everything random.")
+    seed: int = Field(default=0, ge=0, le=2**63 - 1, description="Decides everything random.")
     workers: int | None = Field(default=None, ge=1, description="Processes that encode; one on each core.")
     cache: bool = Field(default=True, description="Whether encoded data is kept for the next run.")
     cache_dir: str | None = Field(

@@ -46,7 +46,12 @@ class TrainConfig(TrackerOptions, OutputOptions, TrainOptions, ModelOptions, Pac
 
     def to_yaml(self) -> str:
         """Every setting that has a value, as `--config` takes it."""
-        values = {name: value for name, value in self.model_dump(mode="json").items() if value not in (None, [], {})}
+        fields = type(self).model_fields
+        values = {
+            name: value
+            for name, value in self.model_dump(mode="json").items()
+            if value not in (None, [], {}) or value != fields[name].get_default(call_default_factory=True)
+        }
         return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=10_000))
 
     def remarks(self) -> list[str]:

@@ -6,8 +6,9 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from instil.training.events import Evaluation, Outcome, Resolved, Step, Watcher
 from instil.training.memory import Memory, estimate, keep_freed_blocks
 from instil.training.optimizer import adamw, learning_rate, restore_state, state_of
 from instil.training.options import TrainOptions
-from instil.training.steps import Steps
+from instil.training.steps import Steps, longest_paths
 
 WORTH_COMPILING = {"cpu": 1e15, "cuda": 1e17}
 """Floating-point operations of a run from which compiling its layers, which takes a minute or two, is worth it."""
@@ -49,6 +50,7 @@ def fit(
     checkpoints: Checkpoints | None = None,
     resume: Checkpoint | None = None,
     stopping: Callable[[], int] = lambda: 0,
+    about: Mapping[str, Any] | None = None,
 ) -> Outcome:
     """Train a model on the rows' trees; it has the best weights afterwards, where they were compared.
 
@@ -66,6 +68,7 @@ def fit(
         checkpoints: Where the state is written from time to time.
         resume: What to go on from.
         stopping: Asked after each step for the number of a signal upon which to stop; 0 goes on.
+        about: What else the watchers are told of the run before it begins.
 
     Raises:
         TrainingError: There is nothing to train, it does not fit into memory, or the loss is no number.
@@ -86,7 +89,7 @@ def fit(
         run.restore(resume)
         evaluations.restore(resume)
     for watcher in watchers:
-        watcher.started(resolved)
+        watcher.started(replace(resolved, settings={**(about or {}), **resolved.settings}))
     if evaluations.batches and resume is None:
         evaluations.run(0)
     done = len(run.history)
@@ -102,6 +105,7 @@ def fit(
             and checkpoints.keep
             and (interrupted or ended or checkpoints.due(number, resolved.steps))
         ):
+            run.check_weights()
             state = {**run.state(), **evaluations.state()}
             saved = checkpoints.save(number, state, run.history, evaluations.found)
         if ended:
@@ -128,12 +132,28 @@ def _check(model: TreeModel, trees: Sequence[TokenTree], rows: Ints | None, *, s
         highest = max(int(tree.input_ids.max(initial=0)) for tree in trees)
     if not weight:
         raise TrainingError("no token of any row has a weight", "Give rows an answer that is trained.")
+    _check_positions(model, trees)
     embeddings = model.base.get_input_embeddings().weight.shape[0]
     if highest >= embeddings:
         where = next(index for index, tree in enumerate(trees) if tree.input_ids.max(initial=0) >= embeddings)
         raise TrainingError(
             f"{_naming(trees)(where)}: holds the token id {highest:,}, and the model has {embeddings:,} embeddings",
             "Encode the rows with the model's own tokenizer.",
+        )
+
+
+def _check_positions(model: TreeModel, trees: Sequence[TokenTree]) -> None:
+    """Refuse rows that are longer than a table of learned positions (GPT-2, OPT)."""
+    limit = getattr(model.base.config, "max_position_embeddings", None) or 0
+    tables = {each.num_embeddings for each in model.base.modules() if isinstance(each, nn.Embedding)}
+    if not tables & {limit, limit + 2}:  # OPT has two more than it says
+        return
+    longer = np.flatnonzero(longest_paths(trees) > limit)
+    if len(longer):
+        raise TrainingError(
+            f"{_naming(trees)(int(longer[0]))}: is longer than the {limit:,} positions that the model has learned, and "
+            f"so are {len(longer) - 1:,} more",
+            f"Give --max-length {limit}, and with --on-too-long what becomes of such rows.",
         )
 
 
@@ -151,7 +171,7 @@ def resolve(model: TreeModel, steps: Steps, options: TrainOptions, resume: Check
     lora = hasattr(model.model, "peft_config")
     trained, parameters = trained_parameters(model.model)
     checkpointing, memory = _memory(model, steps.tokens_per_batch, options.activation_checkpointing)
-    work = 6 * parameters * count * steps.tokens_per_step  # multiplications and additions, roughly
+    work = 6 * parameters * count * min(steps.tokens_per_step, steps.tokens)  # multiplications and additions, roughly
     settings = {
         "learning_rate": options.learning_rate or (2e-4 if lora else 2e-5),
         "schedule": options.schedule,
@@ -311,6 +331,20 @@ class _Run:
         for watcher in self.watchers:
             watcher.stepped(step)
 
+    def check_weights(self) -> None:
+        """Refuse to keep weights that a step has made no finite numbers.
+
+        Raises:
+            TrainingError: There are such.
+        """
+        broken = [name for name, each in self.named.items() if not whole(torch.isfinite(each).all())]
+        if broken:
+            raise TrainingError(
+                f"after step {len(self.history)} {len(broken):,} of {len(self.named):,} trained weights hold values that "
+                f"are no finite numbers: {', '.join(broken[:3])}",
+                "Lower --learning-rate, and go on with --resume from the checkpoint before.",
+            )
+
     def _backward(self, number: int, batch: PackedBatch, weight: float) -> float:
         """Add a micro-batch's part to the gradients; its part of the loss."""
         with self.processes.together(), _memory_explained(number, batch):
@@ -329,8 +363,14 @@ class _Run:
         before = f", and so were {skipped} steps before" if skipped else ""
         raise TrainingError(
             f"step {number}: the loss is {loss:g} and the gradient's norm {norm:g}{before}; the batch's rows: {shown}",
-            "The weights are those of the step before. Lower --learning-rate, train with --precision fp32, look at the "
-            "rows, or pass over such steps with --on-nonfinite skip.",
+            (
+                "The weights are those of the step before. "
+                if number > 1
+                else "The weights that it began with may be broken. "
+            )
+            + "Lower --learning-rate, "
+            + ("train with --precision fp32, " if self.model.bf16 else "")
+            + "look at the rows, or pass over such steps with --on-nonfinite skip.",
         )
 
 
@@ -427,6 +467,7 @@ class _Evaluations:
     def finish(self) -> Outcome:
         """Put the best weights back."""
         run, last = self.whole_run, len(self.whole_run.history)
+        run.check_weights()
         best = self.best.step if self.best else None
         if best is not None and best != last:
             with torch.no_grad():

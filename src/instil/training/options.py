@@ -19,8 +19,8 @@ class TrainOptions(BaseModel):
         description="Tokens of the rows that an optimizer step trains, about, counted as if nothing were shared; "
         "32 steps an epoch, but no less than 2,048 and no more than 65,536.",
     )
-    epochs: float = Field(default=3.0, gt=0.0, allow_inf_nan=False, description="Times that each row is trained.")
-    max_steps: int | None = Field(default=None, ge=1, description="Optimizer steps, in place of epochs.")
+    epochs: float = Field(default=3.0, gt=0.0, le=1e6, description="Times that each row is trained.")
+    max_steps: int | None = Field(default=None, ge=1, le=10**9, description="Optimizer steps, in place of epochs.")
     learning_rate: float | None = Field(
         default=None, gt=0.0, allow_inf_nan=False, description="At its highest; 2e-5 in full and 2e-4 with LoRA."
     )

@@ -23,6 +23,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from instil.data import Records
 from instil.errors import UsageError
 from instil.packing import Prepared
@@ -202,7 +204,7 @@ def write_output(
         _open_to_others(draft)
         sync(draft)
         _put(draft, target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise _unwritable(folder, error) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -347,6 +349,6 @@ def _children(target: Path, folder: str | Path) -> list[Path]:
         raise _unwritable(folder, error) from error
 
 
-def _unwritable(folder: str | Path, error: OSError) -> UsageError:
-    reason = error.strerror or error
+def _unwritable(folder: str | Path, error: Exception) -> UsageError:
+    reason = getattr(error, "strerror", None) or error
     return UsageError(f"--output {folder}: cannot be written: {reason}", "Name a folder in one that takes it.")

@@ -6,24 +6,21 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from instil.data import read
-from instil.errors import TrainingError, UsageError
+from instil.errors import TokenizerError, TrainingError, UsageError
 from instil.model.adapter import add_lora
 from instil.model.forward import TreeModel
-from instil.model.load import check_vocabulary, checkpoint_dtype, load_model
+from instil.model.load import base_of, check_vocabulary, checkpoint_dtype, load_model
 from instil.model.save import merged, save_model
 from instil.model.tokens import Growth, reserve_tokens
-from instil.packing import Prepared, StoredTrees, TokenTree, cache_folder, prepare
-from instil.packing.tree import LABELS, Ints
-from instil.prompt import PromptOptions, builtin_templates, load_renderer
+from instil.prompt import Tokenizer, builtin_templates
 from instil.prompt.render import Renderer
+from instil.prompt.tokenizer import load_tokenizer
 from instil.training import loop
 from instil.training.checkpoint import Checkpoint, Checkpoints, differences
 from instil.training.comparison import Comparison, compare
@@ -32,7 +29,8 @@ from instil.training.distributed import Processes, whole
 from instil.training.events import Outcome, Resolved, Watcher
 from instil.training.files import plain
 from instil.training.options import OutputOptions, TrackerOptions
-from instil.training.output import check_output, describe_data, describe_run, write_output
+from instil.training.output import check_output, describe_run, write_output
+from instil.training.rows import Rows
 from instil.training.run_folder import CHECKPOINTS, RunFolder
 from instil.training.steps import Steps
 from instil.training.trackers import check_trackers, trackers
@@ -65,7 +63,7 @@ def _train(
     config: TrainConfig, output: Path, watchers: Sequence[Watcher], stopping: Callable[[], int], processes: Processes
 ) -> Outcome:
     with processes.in_turn():
-        data = _Data.of(config, rejects=processes.first)
+        data = Rows.of(config, rejects=processes.first)
     model, growth = _model(config, data.renderer)
     reader = TreeModel(model, bf16=_precision(config) is torch.bfloat16)
     record = describe_run(config, data.renderer, data.prepared, data.described, data.eval_described)
@@ -87,7 +85,7 @@ def _train(
             reader,
             data.prepared.trees,
             config,
-            rows=data.rows,
+            rows=data.trained,
             held_out=data.held_out,
             tokens_per_batch=config.tokens_per_batch,
             share_prefixes=config.share_prefixes,
@@ -97,6 +95,7 @@ def _train(
             checkpoints=checkpoints,
             resume=resume,
             stopping=stopping,
+            about=data.about,
         )
         if config.shard and processes.size > 1:
             model = _put_together(reader, config, data.renderer, processes)
@@ -170,7 +169,7 @@ _NOT_OF_THE_WEIGHTS = {
 }
 
 
-def _made_of(config: TrainConfig, data: _Data, model: torch.nn.Module) -> dict[str, Any]:
+def _made_of(config: TrainConfig, data: Rows, model: torch.nn.Module) -> dict[str, Any]:
     """What decides the weights of every step, by the name of its setting."""
     settings = {k: v for k, v in config.model_dump(mode="json").items() if k not in _NOT_OF_THE_WEIGHTS}
     template = data.renderer.template
@@ -221,89 +220,12 @@ def resolve(config: TrainConfig) -> Resolved:
     """
     if config.output is not None:
         check_output(config.output, resume=config.resume)
-    data = _Data.of(config, rejects=False)
+    data = Rows.of(config, rejects=False)
     model, _ = _model(config, data.renderer)
     reader = TreeModel(model, bf16=_precision(config) is torch.bfloat16)
     options = config.tokens_per_step, config.tokens_per_batch, config.share_prefixes, config.seed
-    resolved = loop.resolve(reader, Steps.of(data.prepared.trees, *options, data.rows), config)
-    counts = data.prepared.describe()
-    rows = {"rows": counts["rows"], "held_out": len(data.held_out), "tokens": counts["tokens"]}
-    return Resolved(resolved.steps, resolved.epochs, resolved.tokens_per_step, {**rows, **resolved.settings})
-
-
-@dataclass(frozen=True, slots=True)
-class _Data:
-    """The rows of a run, prepared; those held out apart."""
-
-    renderer: Renderer
-    prepared: Prepared
-    rows: Ints | None
-    held_out: Sequence[TokenTree]
-    described: dict[str, Any]
-    eval_described: dict[str, Any] | None
-
-    @classmethod
-    def of(cls, config: TrainConfig, *, rejects: bool) -> _Data:
-        options = PromptOptions.model_construct(**{name: getattr(config, name) for name in PromptOptions.model_fields})
-        renderer = load_renderer(config.tokenizer_source(), options)
-        prepared, described = _prepared(config, config.data, renderer, options, rejects)
-        if config.eval_data:
-            evaluated, eval_described = _prepared(config, config.eval_data, renderer, options, rejects)
-            return cls(renderer, prepared, None, evaluated.trees, described, eval_described)
-        if not config.eval_fraction:
-            return cls(renderer, prepared, None, (), described, None)
-        rows, held_out = split(prepared.trees, config.eval_fraction, config.seed)
-        return cls(renderer, prepared, rows, [prepared.trees[i] for i in held_out.tolist()], described, None)
-
-
-def _prepared(
-    config: TrainConfig, files: list[str], renderer: Renderer, options: PromptOptions, rejects: bool
-) -> tuple[Prepared, dict[str, Any]]:
-    records = read(
-        files,
-        format=config.format,
-        columns=config.columns,
-        objective=config.objective or "supervised",
-        on_bad_row=config.on_bad_row,
-        rejects=config.rejects if rejects else None,
-    )
-    prepared = prepare(
-        records,
-        renderer.tokenizer,
-        options,
-        tokens_per_batch=config.tokens_per_batch,
-        workers=config.workers,
-        cache=cache_folder(config.cache_dir) if config.cache else None,
-    )
-    named = ", ".join(files)
-    if not len(prepared.trees):
-        raise TrainingError(f"{named}: no row has anything to train", "See why with `instil inspect --summary`.")
-    unwanted = {LABELS[label] for label in np.unique(prepared.trees.labels).tolist()} & {"rejected", "bad"}
-    if unwanted:
-        raise TrainingError(
-            f"{named}: rows hold {' and '.join(sorted(unwanted))} answers, which supervised training would teach",
-            "Leave those rows out, or map the good answers with --columns.",
-        )
-    return prepared, describe_data(records)
-
-
-def split(trees: StoredTrees, fraction: float, seed: int) -> tuple[Ints, Ints]:
-    """The rows to train and the rows to hold out; rows with the same tokens fall on one side.
-
-    Raises:
-        TrainingError: One side would be empty.
-    """
-    _, same = np.unique(trees.hashes, return_inverse=True)  # (N,)
-    order = np.random.default_rng((seed, 1)).permutation(int(same.max()) + 1)
-    sizes = np.bincount(same)[order]
-    held = order[: int(np.searchsorted(np.cumsum(sizes), fraction * len(same), side="left")) + 1]
-    out = np.isin(same, held)
-    if out.all():
-        raise TrainingError(
-            f"--eval-fraction {fraction:g}: of {len(same):,} rows none would be left to train",
-            "Hold fewer out, or give the held-out rows with --eval-data.",
-        )
-    return np.flatnonzero(~out), np.flatnonzero(out)
+    resolved = loop.resolve(reader, Steps.of(data.prepared.trees, *options, data.trained), config)
+    return replace(resolved, settings={**data.about, **resolved.settings})
 
 
 def _model(config: TrainConfig, renderer: Renderer) -> tuple[torch.nn.Module, Growth]:
@@ -311,6 +233,7 @@ def _model(config: TrainConfig, renderer: Renderer) -> tuple[torch.nn.Module, Gr
     lora = config.adapter == "lora"
     model = _load(config, frozen=lora or config.quantize != "none")
     check_vocabulary(model, renderer.tokenizer)
+    _check_tokenizer(config, renderer.tokenizer)
     known = builtin_templates().get(renderer.template.name)
     growth = reserve_tokens(model, renderer.tokenizer, known.special_tokens if known else {})
     if lora:
@@ -318,12 +241,36 @@ def _model(config: TrainConfig, renderer: Renderer) -> tuple[torch.nn.Module, Gr
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), growth
 
 
+def _check_tokenizer(config: TrainConfig, tokenizer: Tokenizer) -> None:
+    """Refuse a tokenizer named by itself whose ids mean other tokens than those of the model's own.
+
+    Raises:
+        TokenizerError: More than a tenth of them do; a few may be reserved ones with a name of their own.
+    """
+    if config.tokenizer is None or config.model is None:
+        return
+    base = Path(base_of(config))
+    if not (base / "tokenizer.json").is_file():
+        return
+    own = load_tokenizer(base).backend.get_vocab(with_added_tokens=True)
+    given = tokenizer.backend.get_vocab(with_added_tokens=True)
+    meant = {number: token for token, number in own.items()}
+    other = [(n, t, meant[n]) for t, n in given.items() if meant.get(n, t) != t]
+    if len(other) > len(own) // 10:
+        number, token, mine = min(other)
+        raise TokenizerError(
+            f"--tokenizer {config.tokenizer}: is not the model's: {len(other):,} of its {len(given):,} ids mean other "
+            f"tokens there, as {number} does ({token!r} here, {mine!r} there)",
+            "Leave --tokenizer out: the model brings its own.",
+        )
+
+
 def _load(config: TrainConfig, *, frozen: bool) -> torch.nn.Module:
     """The model on the CPU; a frozen base in the precision of the products, one that is trained in float32."""
     return load_model(config, dtype=_precision(config) if frozen else torch.float32, seed=config.seed)
 
 
-def _compared(reader: TreeModel, merged: torch.nn.Module, data: _Data, config: TrainConfig) -> Comparison:
+def _compared(reader: TreeModel, merged: torch.nn.Module, data: Rows, config: TrainConfig) -> Comparison:
     """The quantized model with its adapter beside the merged one, which stays on the CPU where it does not fit."""
     size = sum(each.numel() * each.element_size() for each in merged.parameters())
     if reader.device.type == "cuda" and 1.2 * size < torch.cuda.mem_get_info(reader.device)[0]:

@@ -94,18 +94,24 @@ class Steps:
                 if number >= done:
                     yield number + 1, self.batches(rows, number)
 
+    @property
+    def tokens(self) -> int:
+        """The tokens of an epoch, as if nothing were shared."""
+        sizes = _unshared(self.trees)
+        return int((sizes if self.records is None else sizes[self.records]).sum())
+
     def _budget(self, rows: Ints) -> int:
         """The most tokens of a micro-batch of a step, so that each process has about as much to do."""
         if self.processes == 1:
             return self.tokens_per_batch
-        tokens, longest = int(_unshared(self.trees)[rows].sum()), int(_longest(self.trees)[rows].max())
+        tokens, longest = int(_unshared(self.trees)[rows].sum()), int(longest_paths(self.trees)[rows].max())
         batches = self.processes * -(-tokens // (self.processes * self.tokens_per_batch))
         return min(self.tokens_per_batch, max(longest, tokens // batches + tokens // batches // 32))
 
 
 def _order(trees: Sequence[TokenTree], tokens_per_step: int, seed: int, epoch: int, records: Ints | None) -> Ints:
     """The order of an epoch's rows; how they are split in micro-batches has no part in it."""
-    longest = int(_longest(trees).max(initial=0))
+    longest = int(longest_paths(trees).max(initial=0))
     return deal(trees, max(longest, min(tokens_per_step, _DEALT)), seed=seed, epoch=epoch, records=records)
 
 
@@ -114,7 +120,7 @@ def _ends(trees: Sequence[TokenTree], order: Ints) -> Ints:
     return np.cumsum(_unshared(trees)[order], dtype=np.int64)
 
 
-def _longest(trees: Sequence[TokenTree]) -> Ints:
+def longest_paths(trees: Sequence[TokenTree]) -> Ints:
     """(N,) the longest path of each tree."""
     stored: Ints | None = getattr(trees, "longest", None)
     return np.array([tree.longest for tree in trees], np.int64) if stored is None else stored

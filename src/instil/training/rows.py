@@ -1,0 +1,141 @@
+"""The rows of a run: read, rendered, encoded, some of them held out; and what became of all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from instil.data import read
+from instil.errors import TrainingError
+from instil.model.load import base_of
+from instil.packing import Prepared, StoredTrees, TokenTree, cache_folder, prepare
+from instil.packing.tree import LABELS, Ints
+from instil.prompt import PromptOptions, load_renderer
+from instil.prompt.render import Renderer
+from instil.training.config import TrainConfig
+from instil.training.output import describe_data
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The rows of a run, prepared; those held out apart.
+
+    Args:
+        renderer: What renders and encodes them.
+        prepared: Those of `--data`, held-out ones among them.
+        trained: (N,) the indices of those that are trained; None for all.
+        held_out: The trees of the others, or of `--eval-data`.
+        about: What became of them, by name, as plain JSON values.
+        described: The files, as `instil.json` names them.
+        eval_described: Those of `--eval-data`.
+    """
+
+    renderer: Renderer
+    prepared: Prepared
+    trained: Ints | None
+    held_out: Sequence[TokenTree]
+    about: dict[str, Any]
+    described: dict[str, Any]
+    eval_described: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, config: TrainConfig, *, rejects: bool) -> Rows:
+        """Read, render and encode what a run is told to.
+
+        Args:
+            config: The run.
+            rejects: Whether rows left out are written where it says.
+
+        Raises:
+            InstilError: Of the rooms it goes through.
+        """
+        base_of(config)  # which says at once if there is none
+        options = PromptOptions.model_construct(**{name: getattr(config, name) for name in PromptOptions.model_fields})
+        renderer = load_renderer(config.tokenizer_source(), options)
+        prepared, described = _prepared(config, config.data, renderer, options, rejects)
+        if config.eval_data:
+            evaluated, eval_described = _prepared(config, config.eval_data, renderer, options, rejects)
+            about = {**_counts(prepared, "rows"), **_counts(evaluated, "held_out")}
+            again = int(np.isin(evaluated.trees.hashes, prepared.trees.hashes).sum())
+            about |= {"held_out_and_trained": again} if again else {}
+            return cls(renderer, prepared, None, evaluated.trees, about, described, eval_described)
+        if not config.eval_fraction:
+            return cls(renderer, prepared, None, (), _counts(prepared, "rows"), described)
+        rows, held_out = split(prepared.trees, config.eval_fraction, config.seed)
+        about = {**_counts(prepared, "rows"), "held_out": len(held_out)}
+        return cls(renderer, prepared, rows, [prepared.trees[i] for i in held_out.tolist()], about, described)
+
+
+def _counts(prepared: Prepared, name: str) -> dict[str, Any]:
+    """What is left of the rows, and why not all of them."""
+    counted = prepared.describe()
+    rows = {status: count for status, count in counted["rows"].items() if count or status == "read"}
+    found = {name: rows, **({"tokens": counted["tokens"]} if name == "rows" else {})}
+    reasons = _reasons(counted)
+    return {**found, **({f"{name}_not_whole": reasons} if reasons else {})}
+
+
+def _reasons(counted: Mapping[str, Any]) -> str:
+    return "; ".join(f"{each['rows']:,} {each['status']}: {each['what']}" for each in counted["reasons"])
+
+
+def _prepared(
+    config: TrainConfig, files: list[str], renderer: Renderer, options: PromptOptions, rejects: bool
+) -> tuple[Prepared, dict[str, Any]]:
+    records = read(
+        files,
+        format=config.format,
+        columns=config.columns,
+        objective=config.objective or "supervised",
+        on_bad_row=config.on_bad_row,
+        rejects=config.rejects if rejects else None,
+    )
+    prepared = prepare(
+        records,
+        renderer.tokenizer,
+        options,
+        tokens_per_batch=config.tokens_per_batch,
+        workers=config.workers,
+        cache=cache_folder(config.cache_dir) if config.cache else None,
+    )
+    named = ", ".join(files)
+    if not len(prepared.trees):
+        why = _reasons(prepared.describe())
+        raise TrainingError(
+            f"{named}: no row has anything to train" + (f" ({why})" if why else ""),
+            "See more with `instil inspect --summary`.",
+        )
+    unwanted = {LABELS[label] for label in np.unique(prepared.trees.labels).tolist()} & {"rejected", "bad"}
+    if unwanted:
+        raise TrainingError(
+            f"{named}: rows hold {' and '.join(sorted(unwanted))} answers, which supervised training would teach",
+            "Leave those rows out, or map the good answers with --columns.",
+        )
+    return prepared, describe_data(records)
+
+
+def split(trees: StoredTrees, fraction: float, seed: int) -> tuple[Ints, Ints]:
+    """The rows to train and the rows to hold out; rows with the same tokens fall on one side.
+
+    Raises:
+        TrainingError: One side would be empty.
+    """
+    _, same = np.unique(trees.hashes, return_inverse=True)  # (N,)
+    order = np.random.default_rng((seed, 1)).permutation(int(same.max()) + 1)
+    sizes = np.bincount(same)[order]
+    held = order[: int(np.searchsorted(np.cumsum(sizes), fraction * len(same), side="left")) + 1]
+    out = np.isin(same, held)
+    if not same.any():
+        raise TrainingError(
+            f"--eval-fraction {fraction:g}: all {len(same):,} rows are alike, so none can be held out",
+            "Give the held-out rows with --eval-data.",
+        )
+    if out.all():
+        raise TrainingError(
+            f"--eval-fraction {fraction:g}: of {len(same):,} rows none would be left to train",
+            "Hold fewer out, or give the held-out rows with --eval-data.",
+        )
+    return np.flatnonzero(~out), np.flatnonzero(out)
