@@ -33,7 +33,7 @@ def test_cross_entropy_is_that_of_torch(case, dtype):
         logits = (torch.randn(rows, words, generator=generator, dtype=torch.float64) * 5).to(dtype)
         weights = torch.rand(len(ids), generator=generator, dtype=torch.float64) * 3
         given_ = logits.clone().requires_grad_()
-        found = forward._cross_entropy(given_, row_of, ids)
+        found = forward.cross_entropy(given_, row_of, ids)
         (found * weights.to(found)).sum().backward()
     wide = torch.promote_types(dtype, torch.float32)
     reference = logits.to(wide).requires_grad_()
@@ -49,7 +49,7 @@ def test_cross_entropy_is_that_of_torch(case, dtype):
 
 def test_cross_entropy_of_large_logits_does_not_overflow():
     logits = torch.tensor([[1e4, -1e4, 0.0], [-3e38, 0.0, 1.0]], requires_grad=True)
-    found = forward._cross_entropy(logits, torch.tensor([0, 0, 1]), torch.tensor([0, 1, 2]))
+    found = forward.cross_entropy(logits, torch.tensor([0, 0, 1]), torch.tensor([0, 1, 2]))
     found.sum().backward()
     torch.testing.assert_close(found.detach(), torch.tensor([0.0, 2e4, 0.3132617]))
     expected = torch.tensor([[1.0, -1.0, 0.0], [0.0, 0.2689414, -0.2689414]])
@@ -72,6 +72,31 @@ def test_logits_in_pieces_give_the_same(kind, at_once, monkeypatch):
     assert len(sizes) > 2
     assert max(sizes) <= max(at_once, 48)
     check_same((losses.detach(), gradients(reader.model)), expected, 1e-10)
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "gpt2", "opt-projected"])
+@pytest.mark.parametrize("biased", [False, True])
+def test_head_and_loss_computed_together_give_the_same(kind, biased):
+    records, made = branching(), []
+    for _ in range(2):
+        model = random_model(kind)
+        if biased:
+            head = model.get_output_embeddings()
+            head.bias = torch.nn.Parameter(torch.linspace(-1, 1, head.out_features, dtype=torch.float64))
+        made.append(model)
+    forest = forest_of(records)
+    reader = TreeModel(made[0], one_by_one="", fused_head=True)
+    reader.base.get_output_embeddings().register_forward_hook(lambda *_: pytest.fail("the head ran by itself"))
+    with Float64():
+        losses = reader.losses(forest)
+        (losses @ torch.from_numpy(forest.target_weights).to(losses)).backward()
+        expected = separately(made[1], records)
+    check_same((losses.detach(), gradients(reader.model)), expected, 1e-10)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "cohere", "granite"])
+def test_a_head_that_does_more_than_multiply_computes_by_itself(kind):
+    assert not TreeModel(random_model(kind), one_by_one="", fused_head=True).fused_head
 
 
 def test_the_head_runs_once_for_each_row_and_on_no_other():

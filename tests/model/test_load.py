@@ -298,6 +298,18 @@ def test_weights_that_nobody_asked_for_are_left(saved):
     assert torch.equal(logits_of(found), logits_of(random_model("llama")))
 
 
+def test_layers_beyond_those_of_the_configuration_are_refused(saved):
+    folder = saved("llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    assert "its files hold more layers than its config.json says: 9 weights have no place" in error_of(model=folder)
+
+
+def test_only_an_adapter_can_be_kept(saved):
+    folder = saved("llama")
+    assert f"--base-adapter keep: {folder} has no adapter" in error_of(model=folder, base_adapter="keep")
+
+
 @pytest.mark.parametrize(
     ("config", "said"),
     [

@@ -435,8 +435,9 @@ def test_a_loss_that_is_no_number_stops_the_run_before_it_harms(what):
 def poisoned():
     """A model that knows no number for the token 5, and rows of which the eighth begins with it."""
     model = llama()
-    with torch.no_grad():
-        model.model.embed_tokens.weight[5] = torch.nan
+    model.model.embed_tokens.register_forward_hook(
+        lambda _, ids, found: found.masked_fill(ids[0][..., None] == 5, torch.nan)
+    )
     rows = make_rows(20)
     rows[7] = [exchange([5, 1, 4], [9, 16, 0])]
     return model, trees_of(rows)
@@ -460,6 +461,19 @@ def test_steps_without_a_number_are_skipped_and_counted_if_that_is_wished():
 
 
 @pytest.mark.parametrize("options", [{}, {"on_nonfinite": "skip", "max_nonfinite": 1}])
+def test_weights_that_the_last_step_breaks_are_not_kept():
+    options = TrainOptions(tokens_per_step=100, max_steps=1, learning_rate=1e300, warmup=0.0)
+    with pytest.raises(TrainingError, match=r"after step 1 .* trained weights are no finite numbers"):
+        fit(reader(llama()), trees_of(make_rows(20)), options, tokens_per_batch=100)
+
+
+def test_rows_longer_than_the_learned_positions_are_refused():
+    rows = [*make_rows(3), [exchange([1] * 100, [4] * 29)]]
+    with pytest.raises(TrainingError, match="row 3: is longer than the 128 positions that the model has learned"):
+        fit(reader(gpt2()), trees_of(rows), TrainOptions(max_steps=1), tokens_per_batch=200)
+    fit(reader(llama()), trees_of(rows), TrainOptions(max_steps=1), tokens_per_batch=200)  # which has no table of them
+
+
 def test_the_rows_of_a_loss_without_a_number_are_named(options):
     model, trees = poisoned()
     with pytest.raises(TrainingError) as raised:

@@ -18,6 +18,9 @@ from instil.packing.tree import Ints
 LOGITS_AT_ONCE = 1 << 28
 """The logits held at once, 512 MiB in bf16; what is beyond is computed again going back."""
 
+_LOGITS_OF_A_CHUNK = 1 << 26
+"""Of the fused head: 512 rows of a vocabulary of 128k; torch's own choice of chunks takes long on a CPU."""
+
 _ROWS_AT_ONCE = 128  # whose logits are worked on in float32 while they are in the processor's cache
 
 
@@ -194,7 +197,9 @@ def fused_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids
             ids,
             linear_bias=None if bias is None else bias.to(hidden.dtype),
             reduction="none",
-            options=nn.LinearCrossEntropyOptions(acc_policy="accurate"),
+            options=nn.LinearCrossEntropyOptions(
+                batch_chunk_size=max(1, _LOGITS_OF_A_CHUNK // weight.shape[0]), acc_policy="accurate"
+            ),
         ).to(torch.promote_types(hidden.dtype, torch.float32))
 
 

@@ -32,6 +32,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 _PATIENCE = 5.0  # seconds that the hub has to answer; transformers would retry for half a minute
 _PICKLED = {".bin", ".pth", ".pt", ".ckpt"}
 _CONVERT = (
@@ -214,7 +215,7 @@ def _load_base(name: str, trust: bool, dtype: torch.dtype) -> Any:
         )
     except Exception as error:  # files hold anything
         raise _unloadable(name, error) from error
-    _check_complete(name, info)
+    _check_complete(name, model, info)
     return model
 
 
@@ -297,13 +298,14 @@ def _on_hub(name: str, file: str) -> bool:
     return True
 
 
-def _check_complete(name: str, info: dict[str, Any]) -> None:
-    if info["unexpected_keys"]:
-        unused = sorted(info["unexpected_keys"])
+def _check_complete(name: str, model: nn.Module, info: dict[str, Any]) -> None:
+    alike = {_LAYER.sub("#", key) for key in model.state_dict()}
+    more = sorted(key for key in info["unexpected_keys"] if _LAYER.sub("#", key) in alike)
+    if more:  # others, as of a part that sees, are nothing to a language model
         raise ModelError(
-            f"{name}: {len(unused):,} weights in its files have no place in the model that its config.json describes: "
-            f"{_some(unused)}",
-            "Mend its config.json (fewer layers than there are weights for?), or take them out of the files.",
+            f"{name}: its files hold more layers than its config.json says: {len(more):,} weights have no place: "
+            f"{_some(more)}",
+            "Mend its config.json, or fetch the model again.",
         )
     missing = sorted(info["missing_keys"])
     if missing:

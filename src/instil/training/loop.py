@@ -88,8 +88,9 @@ def fit(
     if resume is not None:
         run.restore(resume)
         evaluations.restore(resume)
+    told = replace(resolved, settings={**(about or {}), **resolved.settings})
     for watcher in watchers:
-        watcher.started(replace(resolved, settings={**(about or {}), **resolved.settings}))
+        watcher.started(told)
     if evaluations.batches and resume is None:
         evaluations.run(0)
     done = len(run.history)
@@ -340,8 +341,8 @@ class _Run:
         broken = [name for name, each in self.named.items() if not whole(torch.isfinite(each).all())]
         if broken:
             raise TrainingError(
-                f"after step {len(self.history)} {len(broken):,} of {len(self.named):,} trained weights hold values that "
-                f"are no finite numbers: {', '.join(broken[:3])}",
+                f"after step {len(self.history)} {len(broken):,} of {len(self.named):,} trained weights are "
+                f"no finite numbers: {', '.join(broken[:3])}",
                 "Lower --learning-rate, and go on with --resume from the checkpoint before.",
             )
 
@@ -363,11 +364,7 @@ class _Run:
         before = f", and so were {skipped} steps before" if skipped else ""
         raise TrainingError(
             f"step {number}: the loss is {loss:g} and the gradient's norm {norm:g}{before}; the batch's rows: {shown}",
-            (
-                "The weights are those of the step before. "
-                if number > 1
-                else "The weights that it began with may be broken. "
-            )
+            f"The weights are {'those of the step before' if number > 1 else 'still those that it began with'}. "
             + "Lower --learning-rate, "
             + ("train with --precision fp32, " if self.model.bf16 else "")
             + "look at the rows, or pass over such steps with --on-nonfinite skip.",

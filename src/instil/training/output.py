@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
@@ -30,10 +30,12 @@ from instil.errors import UsageError
 from instil.packing import Prepared
 from instil.prompt import ChatTemplate, Renderer, Tokenizer
 from instil.training.card import draw_loss, example_of, model_card
-from instil.training.comparison import Comparison
 from instil.training.config import TrainConfig
 from instil.training.events import Outcome
 from instil.training.files import plain, sha256, sync, sync_one, write_json
+
+if TYPE_CHECKING:  # it loads torch
+    from instil.training.comparison import Comparison
 
 ADAPTER_CONFIG = "adapter_config.json"
 RECORD = "instil.json"
