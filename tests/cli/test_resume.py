@@ -141,7 +141,7 @@ def test_asked_once_it_saves_and_stops_and_goes_on_bit_for_bit(folder, whole, nu
 def test_asked_twice_it_leaves_at_once(folder):
     output = folder / "twice"
     many = folder / "many.jsonl"
-    many.write_text((folder / "rows.jsonl").read_text() * 500)
+    many.write_text((folder / "rows.jsonl").read_text() * 100)
     process = start(folder, "--output", output.name, "--data", many.name, "--tokens-per-step", "100000000")
     wait_for(process, lambda: lines(output) > 0)  # the first evaluation; a step takes minutes
     process.send_signal(signal.SIGTERM)
@@ -168,7 +168,7 @@ def test_a_changed_run_is_refused_with_the_difference_unless_allowed(folder, who
     process = start(folder, "--output", output.name)
     wait_for(process, lambda: (output / "checkpoints" / "step-00000004").exists())
     process.kill()
-    process.wait()
+    process.communicate()
     assert state(output) == ("running", None)
     (folder / "more.jsonl").write_text((folder / "rows.jsonl").read_text() + '{"instruction": "Hi", "output": "Ho"}\n')
     changes = ["--learning-rate", "1e-3", "--data", "more.jsonl", "--workers", "1", "--resume", "--output", output.name]
@@ -192,7 +192,7 @@ def test_a_corrupted_checkpoint_is_named_and_the_one_before_is_taken(folder, who
     process = start(folder, "--output", output.name)
     wait_for(process, lambda: (output / "checkpoints" / "step-00000012").exists())
     process.kill()
-    process.wait()
+    process.communicate()
     newest, before = sorted((output / "checkpoints").glob("step-*"), reverse=True)
     broken = next(newest.glob("*.safetensors"))
     with broken.open("r+b") as file:
@@ -220,7 +220,7 @@ def test_only_one_process_trains_in_a_folder(folder):
         assert state(output) == ("running", None)
     finally:
         process.kill()
-        process.wait()
+        process.communicate()
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import re
 import signal
@@ -58,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault(
         "OMP_WAIT_POLICY", "passive"
     )  # beside other work, threads that wait busily wait 20 times as long
+    for noisy in ("torchao", "torch.utils._pytree"):  # what transformers loads of it wherever it is installed
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     _open_streams()
     _heed_signals()
     tokens: list[str] = []
