@@ -20,7 +20,7 @@ from instil.packing.packs import Sharing
 from instil.packing.tree import Ints
 from instil.training.events import Evaluation, Outcome, Resolved, Step, Watcher
 from instil.training.memory import Memory, estimate, keep_freed_blocks
-from instil.training.optimizer import adamw, learning_rate
+from instil.training.optimizer import learning_rate, make_optimizers, take_step
 from instil.training.options import TrainOptions
 from instil.training.steps import Steps
 
@@ -85,6 +85,7 @@ def resolve(model: TreeModel, steps: Steps, options: TrainOptions) -> Resolved:
     checkpointing, memory = _memory(model, steps.tokens_per_batch, options.activation_checkpointing)
     work = 6 * parameters * count * steps.tokens_per_step  # multiplications and additions, roughly
     settings = {
+        "optimizer": options.optimizer,
         "learning_rate": options.learning_rate or (2e-4 if lora else 2e-5),
         "schedule": options.schedule,
         "warmup_steps": round(options.warmup * count),
@@ -151,7 +152,8 @@ class _Run:
         self.parameters = _trained(model)
         if not self.parameters:
             raise TrainingError("the model has no parameter that is trained", "Train in full, or with --adapter lora.")
-        self.optimizer = adamw(model.model, resolved.settings["learning_rate"], options.weight_decay)
+        rate = resolved.settings["learning_rate"]
+        self.optimizers = make_optimizers(options.optimizer, model.model, rate, options.weight_decay)
         self.history: list[Step] = []
         self.began = time.perf_counter()
 
@@ -184,10 +186,7 @@ class _Run:
             settings["learning_rate"],
             self.options.schedule,
         )
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        take_step(self.optimizers, rate)
         now = time.perf_counter()
         step = Step(number, total, rate, norm, tokens, trained, tokens / (now - began), now - self.began)
         self.history.append(step)
