@@ -72,6 +72,16 @@ def make_optimizers(
     return (muon, _adamw(others, learning_rate)) if others else (muon,)
 
 
+def check_installed(name: OptimizerName) -> None:
+    """Refuse an optimizer whose package is not installed.
+
+    Raises:
+        UsageError: It is not.
+    """
+    if name == "adamw-8bit":
+        _torchao()
+
+
 def take_step(optimizers: Sequence[Optimizer], learning_rate: float) -> None:
     """Take a step by the gradients, and drop them.
 

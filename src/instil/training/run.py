@@ -23,6 +23,7 @@ from instil.prompt.render import Renderer
 from instil.training import loop
 from instil.training.config import TrainConfig
 from instil.training.events import Outcome, Resolved, Watcher
+from instil.training.optimizer import check_installed
 from instil.training.output import check_output, describe_data, write_output
 from instil.training.steps import Steps
 
@@ -40,6 +41,7 @@ def train(config: TrainConfig, watchers: Sequence[Watcher] = ()) -> Outcome:
     if config.output is None:
         raise UsageError("output: is missing", "Name the folder that takes the tuned model.")
     check_output(config.output)
+    check_installed(config.optimizer)
     data = _Data.of(config)
     model, growth = _model(config, data.renderer)
     reader = TreeModel(model, bf16=_precision(config) is torch.bfloat16)
@@ -86,6 +88,7 @@ def resolve(config: TrainConfig) -> Resolved:
     """
     if config.output is not None:
         check_output(config.output)
+    check_installed(config.optimizer)
     data = _Data.of(config)
     model, _ = _model(config, data.renderer)
     reader = TreeModel(model, bf16=_precision(config) is torch.bfloat16)
