@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Sequence
 from itertools import islice
-from typing import Literal
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from instil.packing import PackedBatch, TokenTree, pack
 from instil.packing.packs import Sharing
 from instil.packing.tree import Ints
 from instil.training.events import Evaluation, Outcome, Resolved, Step, Watcher
-from instil.training.memory import Memory, estimate, keep_freed_blocks
+from instil.training.memory import Kept, Load, Memory, estimate, keep_freed_blocks
 from instil.training.optimizer import learning_rate, make_optimizers, take_step
 from instil.training.options import TrainOptions
 from instil.training.steps import Steps
@@ -59,7 +58,7 @@ def fit(
     if not len(trees if rows is None else rows):
         raise TrainingError("there are no rows to train", "Give some.")
     steps = Steps.of(trees, options.tokens_per_step, tokens_per_batch, share_prefixes, seed, rows)
-    resolved = resolve(model, steps, options)
+    resolved = resolve(model, steps, options, held_out=bool(len(held_out)))
     _prepare(model, resolved)
     run = _Run(model, resolved, options, watchers)
     for watcher in watchers:
@@ -73,8 +72,14 @@ def fit(
     return evaluations.finish()
 
 
-def resolve(model: TreeModel, steps: Steps, options: TrainOptions) -> Resolved:
+def resolve(model: TreeModel, steps: Steps, options: TrainOptions, *, held_out: bool = False) -> Resolved:
     """Settle what is left to the counts.
+
+    Args:
+        model: What is trained.
+        steps: The steps of an epoch.
+        options: How it is trained.
+        held_out: Whether rows are held out, so that the best weights are kept.
 
     Raises:
         TrainingError: The run does not fit into memory.
@@ -82,7 +87,7 @@ def resolve(model: TreeModel, steps: Steps, options: TrainOptions) -> Resolved:
     count = options.max_steps or max(1, round(options.epochs * steps.per_epoch))
     lora = hasattr(model.model, "peft_config")
     trained, parameters = (sum(each.numel() for each in group) for group in (_trained(model), model.model.parameters()))
-    checkpointing, memory = _memory(model, steps.tokens_per_batch, options.activation_checkpointing)
+    checkpointing, memory = _memory(model, steps, options, held_out)
     work = 6 * parameters * count * steps.tokens_per_step  # multiplications and additions, roughly
     settings = {
         "optimizer": options.optimizer,
@@ -106,18 +111,23 @@ def resolve(model: TreeModel, steps: Steps, options: TrainOptions) -> Resolved:
     return Resolved(count, count / steps.per_epoch, steps.tokens_per_step, settings)
 
 
-def _memory(model: TreeModel, tokens: int, chosen: Literal["auto", "on", "off"]) -> tuple[bool, Memory]:
+def _memory(model: TreeModel, steps: Steps, options: TrainOptions, held_out: bool) -> tuple[bool, Memory]:
     """Whether activations are computed again, and the memory that takes."""
-    memory = estimate(model, tokens, checkpointing=chosen == "on")
+    load, kept, chosen = Load.of(steps), Kept.by(model), options.activation_checkpointing
+
+    def take(load: Load, checkpointing: bool) -> Memory:
+        return estimate(model, options.optimizer, load, kept, checkpointing=checkpointing, held_out=held_out)
+
+    memory = take(load, chosen == "on")
     if memory.needed <= memory.available:
         return chosen == "on", memory
-    with_checkpointing = estimate(model, tokens, checkpointing=True)
+    with_checkpointing = take(load, True)
     if chosen == "auto" and with_checkpointing.needed <= memory.available:
         return True, with_checkpointing
-    lower = tokens
-    while lower > 256 and estimate(model, lower, checkpointing=True).needed > memory.available:
+    lower = steps.tokens_per_batch
+    while lower > 256 and take(load.within(lower), True).needed > memory.available:
         lower //= 2
-    fits = estimate(model, lower, checkpointing=True).needed <= memory.available
+    fits = take(load.within(lower), True).needed <= memory.available
     remedy = (
         f"--tokens-per-batch {lower} --activation-checkpointing on" if fits else "--adapter lora, or a smaller model"
     )

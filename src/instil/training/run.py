@@ -93,7 +93,8 @@ def resolve(config: TrainConfig) -> Resolved:
     model, _ = _model(config, data.renderer)
     reader = TreeModel(model, bf16=_precision(config) is torch.bfloat16)
     options = config.tokens_per_step, config.tokens_per_batch, config.share_prefixes, config.seed
-    resolved = loop.resolve(reader, Steps.of(data.prepared.trees, *options, data.rows), config)
+    steps = Steps.of(data.prepared.trees, *options, data.rows)
+    resolved = loop.resolve(reader, steps, config, held_out=bool(len(data.held_out)))
     counts = data.prepared.describe()
     rows = {"rows": counts["rows"], "held_out": len(data.held_out), "tokens": counts["tokens"]}
     return Resolved(resolved.steps, resolved.epochs, resolved.tokens_per_step, {**rows, **resolved.settings})
