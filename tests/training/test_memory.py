@@ -32,40 +32,54 @@ def llama(**more):
 
 
 GEMMA = {
-    **{"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 4, "head_dim": 64},
-    **{"num_key_value_heads": 2, "query_pre_attn_scalar": 64, "vocab_size": 16_384, "max_position_embeddings": 1024},
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "head_dim": 64,
+    "num_key_value_heads": 2,
+    "query_pre_attn_scalar": 64,
+    "vocab_size": 65_536,
+    "max_position_embeddings": 1024,
 }
 NEOX = {
-    **{"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 10, "num_attention_heads": 6},
-    **{"vocab_size": 2048, "max_position_embeddings": 1024},
+    "hidden_size": 256,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 4,
+    "vocab_size": 32_768,
+    "max_position_embeddings": 1024,
 }
 SHAPES = {
-    "llama, fp32": (llama(), {"tokens_per_batch": 4096, "tokens_per_step": 8000, "precision": "fp32"}),
+    "llama, fp32": (llama(num_hidden_layers=8), {"tokens_per_batch": 4096, "tokens_per_step": 8000}),
     "wide vocabulary, bf16, best kept": (
-        llama(vocab_size=65_536, num_hidden_layers=2, tie_word_embeddings=True),
-        {"tokens_per_batch": 1024, "tokens_per_step": 2000, "precision": "bf16", "eval_fraction": 0.1},
+        llama(vocab_size=131_072, hidden_size=128, num_hidden_layers=2, tie_word_embeddings=True),
+        {"tokens_per_batch": 512, "tokens_per_step": 1024, "precision": "bf16", "eval_fraction": 0.01},
     ),
     "lora, bf16": (
-        llama(hidden_size=512, intermediate_size=1408, num_hidden_layers=6),
-        {"tokens_per_batch": 2048, "tokens_per_step": 2048, "precision": "bf16", "adapter": "lora"},
+        llama(num_hidden_layers=6),
+        {"tokens_per_batch": 4096, "tokens_per_step": 4096, "precision": "bf16", "adapter": "lora"},
     ),
     "gemma 2, muon": (
         Gemma2Config(**GEMMA, **NO_IDS),
-        {"tokens_per_batch": 2048, "tokens_per_step": 2048, "precision": "fp32", "optimizer": "muon"},
+        {"tokens_per_batch": 1024, "tokens_per_step": 1024, "optimizer": "muon"},
     ),
-    "gpt-neox, checkpointing": (
+    "gpt-neox, checkpointing, adafactor": (
         GPTNeoXConfig(**NEOX, **NO_IDS),
         {
-            **{"tokens_per_batch": 8192, "tokens_per_step": 8192, "precision": "fp32"},
-            **{"activation_checkpointing": "on", "optimizer": "adafactor"},
+            "tokens_per_batch": 2048,
+            "tokens_per_step": 4096,
+            "activation_checkpointing": "on",
+            "optimizer": "adafactor",
         },
     ),
 }
+"""Of hundreds of megabytes each besides the process's own, and little to compute."""
 
 
 @pytest.mark.prove
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_estimate_is_near_the_peak(tmp_path, shape):
+def test_the_estimate_is_near_the_peak(tmp_path, capsys, shape):
     model, options = SHAPES[shape]
     AutoTokenizer.from_pretrained(save_sample_tokenizer(tmp_path / "base"))
     model.save_pretrained(tmp_path / "base")
@@ -73,7 +87,13 @@ def test_the_estimate_is_near_the_peak(tmp_path, shape):
     text = " ".join(said)
     rows = [{"prompt": f"Number {number}", "completion": text[37 * number :][:1000]} for number in range(150)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    config = {"data": [str(tmp_path / "rows.jsonl")], "output": str(tmp_path / "tuned"), "max_steps": 2, "cache": False}
+    config = {
+        "data": [str(tmp_path / "rows.jsonl")],
+        "output": str(tmp_path / "tuned"),
+        "max_steps": 2,
+        "cache": False,
+        "precision": "fp32",
+    }
     config |= {"init": str(tmp_path / "base"), "template": "plain", "share_prefixes": "off", **options}
 
     def run(what):
@@ -85,5 +105,7 @@ def test_the_estimate_is_near_the_peak(tmp_path, shape):
     said = run("estimate")
     estimate = 1e9 * float(re.match(r"about ([\d.]+) GB", said)[1])
     peak = 1024 * int(run("peak"))
-    print(f"{shape}: {said.strip()}; peak {peak / 1e9:.2f} GB, {estimate / peak - 1:+.0%}")
-    assert abs(estimate / peak - 1) <= 0.2, said
+    told = f"{said.strip()}; peak {peak / 1e9:.2f} GB, {estimate / peak - 1:+.0%}"
+    with capsys.disabled():
+        sys.stdout.write(f"\n{shape}: {told}\n")
+    assert abs(estimate / peak - 1) <= 0.2, told

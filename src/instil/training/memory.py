@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from instil.model.forward import LOGITS_AT_ONCE, TreeModel
+from instil.model.forward import LOGITS_AT_ONCE, ROWS_AT_ONCE, TreeModel
 from instil.packing import PackedBatch, TokenTree, merge
 from instil.prompt.exchange import Exchange
 from instil.training.optimizer import state_bytes
@@ -26,7 +26,7 @@ from instil.training.steps import Steps
 
 _LOOKED_AT = 4  # steps, of which the largest micro-batch is taken
 _FEW, _MORE = 13, 29  # tokens of the passes that are watched, numbers that no width of a model is
-_COPIES_OF_LOGITS = 3  # as they are, scaled, their gradient
+_HOLES = 0.6  # of what a micro-batch takes, on a CPU: between 0.2 and 0.9 was seen
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,8 @@ class Memory:
         gradients: Of what is trained.
         activations: Kept of a micro-batch for the way back.
         logits: Of a micro-batch, with their gradient.
+        holes: Freed blocks that the C library keeps and that no later tensor fits: what stays (states, gradients) is
+            put where a micro-batch was.
         available: What the machine has free, and what the process holds of it already.
         accumulated: Whether a step has several micro-batches. The gradients of a single one come while its
             activations go, and take their place.
@@ -55,6 +57,7 @@ class Memory:
     gradients: int
     activations: int
     logits: int
+    holes: int
     available: int
     accumulated: bool
 
@@ -62,11 +65,11 @@ class Memory:
     def needed(self) -> int:
         """The most that is held at once."""
         always = self.process + self.weights + self.copies + self.optimizer + self.best
-        batch = self.activations + self.logits
+        batch = self.activations + self.logits + self.holes
         return always + (self.gradients + batch if self.accumulated else max(self.gradients, batch))
 
     def __str__(self) -> str:
-        names = ("process", "weights", "copies", "optimizer", "best", "gradients", "activations", "logits")
+        names = ("process", "weights", "copies", "optimizer", "best", "gradients", "activations", "logits", "holes")
         listed = ", ".join(f"{name} {size / 1e9:.2f}" for name in names if (size := getattr(self, name)) >= 5e7)
         return f"about {self.needed / 1e9:.2f} GB ({listed}) of {self.available / 1e9:.1f} GB free"
 
@@ -115,11 +118,13 @@ class Kept:
         copies: Whatever the batch: weights in the precision of the products.
         a_token: Of each token, but for its logits.
         a_pair: Of each two tokens that see each other.
+        a_row: Logits of each token that has targets, as they are and as they were before they were soft-capped.
     """
 
     copies: float
     a_token: float
     a_pair: float
+    a_row: float
 
     @classmethod
     def by(cls, model: TreeModel) -> Kept:
@@ -128,10 +133,10 @@ class Kept:
         model.model.train()
         devices = [model.device] if model.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            (few, _), (more, pairs) = (_watch(model, tokens) for tokens in (_FEW, _MORE))
+            (few, *_), (more, pairs, logits) = (_watch(model, tokens) for tokens in (_FEW, _MORE))
         model.model.train(training)
         a_token = (more - few) / (_MORE - _FEW)
-        return cls(max(0.0, few - a_token * _FEW), a_token, pairs / _MORE**2)
+        return cls(max(0.0, few - a_token * _FEW), a_token, pairs / _MORE**2, logits / (_MORE - 1))
 
 
 def estimate(
@@ -154,8 +159,11 @@ def estimate(
     if checkpointing:
         into_layers = 4 * config.hidden_size * config.num_hidden_layers * load.tokens
         activations = into_layers + activations / config.num_hidden_layers
-    rows = load.tokens if model.one_by_one else load.rows
-    logits = _COPIES_OF_LOGITS * (2 if model.bf16 else 4) * min(rows * config.vocab_size, LOGITS_AT_ONCE)
+    vocabulary = config.vocab_size
+    rows = min(load.tokens if model.one_by_one else load.rows, LOGITS_AT_ONCE // vocabulary + 1)
+    gradients = 2 * (2 if model.bf16 else 4) * vocabulary * rows  # in pieces, and those put together
+    pieces = 2 * 4 * vocabulary * min(rows, ROWS_AT_ONCE)  # in float32
+    logits = int(kept.a_row * rows) + gradients + pieces
     process, available = _held(model, weights)
     return Memory(
         process=process,
@@ -166,25 +174,26 @@ def estimate(
         gradients=trained,
         activations=int(activations),
         logits=logits,
+        holes=int(_HOLES * (activations + logits)) if model.device.type == "cpu" else 0,
         available=available,
         accumulated=load.accumulated,
     )
 
 
-def _watch(model: TreeModel, tokens: int) -> tuple[int, int]:
-    """Bytes kept of a path of so many tokens, and those kept of each two of them besides; logits are left out."""
+def _watch(model: TreeModel, tokens: int) -> tuple[int, int, int]:
+    """Bytes kept of a path of so many tokens; of each two of them besides; of their logits, all but the first's."""
     own = {each.untyped_storage().data_ptr() for each in model.model.parameters()}
     vocabulary = model.base.config.vocab_size
     seen: dict[int, StorageWeakRef] = {}
-    kept = [0, 0]
+    kept = [0, 0, 0]
 
     def note(tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]  # its address goes to no other
-        known = storage.data_ptr() in own or reference.cdata in seen
-        if not known and (tensor.ndim == 0 or tensor.shape[-1] != vocabulary):
+        if storage.data_ptr() not in own and reference.cdata not in seen:
             seen[reference.cdata] = reference
-            kept[tensor.shape.count(tokens) > 1] += storage.nbytes()
+            of_logits = tensor.ndim > 1 and tensor.shape[-1] == vocabulary
+            kept[2 if of_logits else tensor.shape.count(tokens) > 1] += storage.nbytes()
 
     ids = np.arange(tokens, dtype=np.int32) % vocabulary
     weights = np.ones(tokens, np.float32)
@@ -196,7 +205,7 @@ def _watch(model: TreeModel, tokens: int) -> tuple[int, int]:
             model.losses(merge([TokenTree.from_exchanges([path])]))
     finally:
         torch.set_autocast_cache_enabled(cached)
-    return kept[0], kept[1]
+    return kept[0], kept[1], kept[2]
 
 
 def _pairs(batch: PackedBatch) -> int:
