@@ -131,6 +131,10 @@ MISTAKES = {
         ["--init", "whole", "--data", DATA, *OUT, "--base-adapter", "keep"],
         "--base-adapter keep: a new model has no adapter",
     ),
+    "muon and an adapter": (
+        [*COMMON, *OUT, "--optimizer", "muon", "--adapter", "lora"],
+        "--optimizer muon: makes steps of whole matrices orthogonal, and an adapter holds factors",
+    ),
     "one standard input": (
         ["--model", "m", *OUT, "--data", "-", "--eval-data", "-"],
         "--data - and --eval-data -: there is one standard input",

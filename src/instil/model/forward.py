@@ -21,7 +21,8 @@ LOGITS_AT_ONCE = 1 << 28
 _LOGITS_OF_A_CHUNK = 1 << 26
 """Of the fused head: 512 rows of a vocabulary of 128k; torch's own choice of chunks takes long on a CPU."""
 
-_ROWS_AT_ONCE = 128  # whose logits are worked on in float32 while they are in the processor's cache
+ROWS_AT_ONCE = 128
+"""The rows whose logits are worked on in float32 while they are in the processor's cache."""
 
 
 class TreeModel(nn.Module):
@@ -227,7 +228,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, row_of: Tensor, ids: Tensor) -> Tensor:
         wide = torch.promote_types(logits.dtype, torch.float32)
-        lse = torch.cat([piece.to(wide).logsumexp(-1) for piece in torch.split(logits, _ROWS_AT_ONCE)])  # (R,)
+        lse = torch.cat([piece.to(wide).logsumexp(-1) for piece in torch.split(logits, ROWS_AT_ONCE)])  # (R,)
         ctx.save_for_backward(logits, lse, row_of, ids)
         return lse[row_of] - logits[row_of, ids].to(wide)
 
@@ -236,10 +237,10 @@ class _CrossEntropy(torch.autograd.Function):
         logits, lse, row_of, ids = ctx.saved_tensors
         of_row = torch.zeros_like(lse).index_add_(0, row_of, grads[0])  # (R,): a row's targets share its softmax
         pieces = []
-        for at in range(0, len(lse), _ROWS_AT_ONCE):
-            rows = slice(at, at + _ROWS_AT_ONCE)
+        for at in range(0, len(lse), ROWS_AT_ONCE):
+            rows = slice(at, at + ROWS_AT_ONCE)
             grad = logits[rows].to(lse.dtype).sub_(lse[rows, None]).exp_().mul_(of_row[rows, None])  # (R', V)
-            here = ((row_of >= at) & (row_of < at + _ROWS_AT_ONCE)).nonzero()[:, 0]
+            here = ((row_of >= at) & (row_of < at + ROWS_AT_ONCE)).nonzero()[:, 0]
             grad.index_put_((row_of[here] - at, ids[here]), -grads[0][here], accumulate=True)
             pieces.append(grad.to(logits.dtype))
         return torch.cat(pieces), None, None

@@ -107,6 +107,11 @@ def _check_adapter(config: TrainConfig) -> None:
         raise UsageError("--merge-adapter: there is no adapter to merge", "Add --adapter lora, or leave it out.")
     if config.quantize != "none":
         _check_quantize(config)
+    if config.optimizer == "muon" and (kept or config.adapter == "lora"):
+        raise UsageError(
+            "--optimizer muon: makes steps of whole matrices orthogonal, and an adapter holds factors of them",
+            "Leave it out, or train in full, without an adapter.",
+        )
     for name in () if config.adapter == "lora" else _OF_LORA:
         if getattr(config, name) != TrainConfig.model_fields[name].get_default(call_default_factory=True):
             raise UsageError(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,8 +26,8 @@ from instil.packing.tree import Ints
 from instil.training.checkpoint import Checkpoint, Checkpoints
 from instil.training.distributed import Processes, shard, whole
 from instil.training.events import Evaluation, Outcome, Resolved, Step, Watcher
-from instil.training.memory import Memory, estimate, keep_freed_blocks
-from instil.training.optimizer import adamw, learning_rate, restore_state, state_of
+from instil.training.memory import Kept, Load, Memory, estimate, keep_freed_blocks
+from instil.training.optimizer import begun_state, learning_rate, make_optimizers, state_tensors, take_step
 from instil.training.options import TrainOptions
 from instil.training.steps import Steps, longest_paths
 
@@ -79,7 +79,7 @@ def fit(
     steps = Steps.of(
         trees, options.tokens_per_step, tokens_per_batch, share_prefixes, seed, rows, processes=processes.size
     )
-    resolved = resolve(model, steps, options, resume)
+    resolved = resolve(model, steps, options, resume, held_out=bool(len(held_out)))
     _prepare(model, resolved)
     if options.shard and processes.size > 1:
         shard(model, _layers(model), ["losses"])
@@ -162,8 +162,16 @@ def _naming(trees: Sequence[TokenTree]) -> Callable[[int], str]:
     return trees.name if isinstance(trees, StoredTrees) else lambda index: f"row {index}"
 
 
-def resolve(model: TreeModel, steps: Steps, options: TrainOptions, resume: Checkpoint | None = None) -> Resolved:
+def resolve(
+    model: TreeModel, steps: Steps, options: TrainOptions, resume: Checkpoint | None = None, *, held_out: bool = False
+) -> Resolved:
     """Settle what is left to the counts.
+
+    Args:
+        model: What is trained.
+        steps: The steps of an epoch.
+        options: How it is trained.
+        held_out: Whether rows are held out, so that the best weights are kept.
 
     Raises:
         TrainingError: The run does not fit into memory.
@@ -171,9 +179,10 @@ def resolve(model: TreeModel, steps: Steps, options: TrainOptions, resume: Check
     count = options.max_steps or max(1, round(options.epochs * steps.per_epoch))
     lora = hasattr(model.model, "peft_config")
     trained, parameters = trained_parameters(model.model)
-    checkpointing, memory = _memory(model, steps.tokens_per_batch, options.activation_checkpointing)
+    checkpointing, memory = _memory(model, steps, options, held_out)
     work = 6 * parameters * count * min(steps.tokens_per_step, steps.tokens)  # multiplications and additions, roughly
     settings = {
+        "optimizer": options.optimizer,
         "learning_rate": options.learning_rate or (2e-4 if lora else 2e-5),
         "schedule": options.schedule,
         "warmup_steps": round(options.warmup * count),
@@ -202,18 +211,23 @@ def resolve(model: TreeModel, steps: Steps, options: TrainOptions, resume: Check
     return Resolved(count, count / steps.per_epoch, steps.tokens_per_step, settings)
 
 
-def _memory(model: TreeModel, tokens: int, chosen: Literal["auto", "on", "off"]) -> tuple[bool, Memory]:
+def _memory(model: TreeModel, steps: Steps, options: TrainOptions, held_out: bool) -> tuple[bool, Memory]:
     """Whether activations are computed again, and the memory that takes."""
-    memory = estimate(model, tokens, checkpointing=chosen == "on")
+    load, kept, chosen = Load.of(steps), Kept.by(model), options.activation_checkpointing
+
+    def take(load: Load, checkpointing: bool) -> Memory:
+        return estimate(model, options.optimizer, load, kept, checkpointing=checkpointing, held_out=held_out)
+
+    memory = take(load, chosen == "on")
     if memory.needed <= memory.available:
         return chosen == "on", memory
-    with_checkpointing = estimate(model, tokens, checkpointing=True)
+    with_checkpointing = take(load, True)
     if chosen == "auto" and with_checkpointing.needed <= memory.available:
         return True, with_checkpointing
-    lower = tokens
-    while lower > 256 and estimate(model, lower, checkpointing=True).needed > memory.available:
+    lower = steps.tokens_per_batch
+    while lower > 256 and take(load.within(lower), True).needed > memory.available:
         lower //= 2
-    fits = estimate(model, lower, checkpointing=True).needed <= memory.available
+    fits = take(load.within(lower), True).needed <= memory.available
     remedy = (
         f"--tokens-per-batch {lower} --activation-checkpointing on" if fits else "--adapter lora, or a smaller model"
     )
@@ -234,8 +248,8 @@ def _layers(model: TreeModel) -> list[GradientCheckpointingLayer]:
     return [each for each in model.base.modules() if isinstance(each, GradientCheckpointingLayer)]
 
 
-def _trained(model: TreeModel) -> list[torch.nn.Parameter]:
-    return [each for each in model.model.parameters() if each.requires_grad]
+_MODEL, _OPTIMIZER, _BEST = "model.", "optimizer.", "best."
+"""What the names of a checkpoint's tensors begin with."""
 
 
 class _Run:
@@ -262,27 +276,26 @@ class _Run:
         self.parameters = list(self.named.values())
         if not self.parameters:
             raise TrainingError("the model has no parameter that is trained", "Train in full, or with --adapter lora.")
-        self.optimizer = adamw(model.model, resolved.settings["learning_rate"], options.weight_decay)
+        rate = resolved.settings["learning_rate"]
+        self.optimizers = make_optimizers(options.optimizer, model.model, rate, options.weight_decay)
         self.history: list[Step] = []
         self.began = time.perf_counter()
 
     def state(self) -> dict[str, Tensor]:
         """What is trained and the optimizer's state, by name."""
-        trained = {f"model.{name}": each.detach() for name, each in self.named.items()}
-        return {**trained, **{f"optimizer.{name}": each for name, each in state_of(self.optimizer, self.named).items()}}
+        trained = {f"{_MODEL}{name}": each.detach() for name, each in self.named.items()}
+        states = state_tensors(self.optimizers, {each: name for name, each in self.named.items()})
+        return {**trained, **{f"{_OPTIMIZER}{name}": each for name, each in states.items()}}
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint."""
-        trained = {f"model.{name}": each.detach() for name, each in self.named.items()}
-        held = {
-            name: _like(self.named, name.removeprefix("optimizer."), *kind)
+        kinds = {
+            name.removeprefix(_OPTIMIZER): kind
             for name, kind in checkpoint.kinds().items()
-            if name.startswith("optimizer.")
+            if name.startswith(_OPTIMIZER)
         }
-        checkpoint.load({**trained, **held}, self.processes)
-        restore_state(
-            self.optimizer, self.named, {name.removeprefix("optimizer."): each for name, each in held.items()}
-        )
+        begun_state(self.optimizers, {each: name for name, each in self.named.items()}, kinds)
+        checkpoint.load(self.state(), self.processes)
         self.history = checkpoint.steps
         ends = [events[-1].seconds for events in (checkpoint.steps, checkpoint.evaluations) if events]
         self.began -= max(ends)
@@ -315,17 +328,11 @@ class _Run:
             self.options.schedule,
         )
         if math.isfinite(loss) and math.isfinite(norm):
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            self.optimizer.step()
+            take_step(self.optimizers, rate)
         else:
-            self._skip(
-                number,
-                loss,
-                norm,
-                [b for b, found in zip(mine, losses, strict=True) if not math.isfinite(found)] or mine,
-            )
-        self.optimizer.zero_grad(set_to_none=True)
+            broken = [batch for batch, found in zip(mine, losses, strict=True) if not math.isfinite(found)]
+            self._skip(number, loss, norm, broken or mine)
+            self.model.zero_grad(set_to_none=True)
         now = time.perf_counter()
         step = Step(number, loss, rate, norm, int(tokens), int(trained), tokens / (now - began), now - self.began)
         self.history.append(step)
@@ -397,17 +404,6 @@ def _seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def _like(named: Mapping[str, nn.Parameter], name: str, dtype: torch.dtype, shape: torch.Size) -> Tensor:
-    """An empty tensor for a state of the parameter that its name begins with, held in parts as that is."""
-    owner = name
-    while owner not in named:
-        owner = owner.rpartition(".")[0]
-    parameter = named[owner]
-    if parameter.shape == shape:
-        return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
-    return torch.empty(shape, dtype=dtype, device=parameter.device)
-
-
 class _Evaluations:
     """Measures the loss on held-out rows, keeps the best weights, and says when to stop."""
 
@@ -451,7 +447,7 @@ class _Evaluations:
         """The best weights by name, where they are not those of the last step."""
         if self.best is None or self.best.step == len(self.whole_run.history):
             return {}
-        return {f"best.{name}": each for name, each in self.kept.items()}
+        return {f"{_BEST}{name}": each for name, each in self.kept.items()}
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint."""
@@ -459,7 +455,7 @@ class _Evaluations:
         if self.best is not None:
             self.kept = {name: each.detach().clone() for name, each in self.whole_run.named.items()}
             if self.best.step != checkpoint.step:
-                checkpoint.load({f"best.{name}": each for name, each in self.kept.items()}, self.whole_run.processes)
+                checkpoint.load({f"{_BEST}{name}": each for name, each in self.kept.items()}, self.whole_run.processes)
 
     def finish(self) -> Outcome:
         """Put the best weights back."""

@@ -7,6 +7,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+OptimizerName = Literal["adamw", "adamw-8bit", "adafactor", "muon"]
+
 
 class TrainOptions(BaseModel):
     """How the model is trained: the size of a step, the optimizer, the schedule, when to evaluate and to stop."""
@@ -21,6 +23,11 @@ class TrainOptions(BaseModel):
     )
     epochs: float = Field(default=3.0, gt=0.0, le=1e6, description="Times that each row is trained.")
     max_steps: int | None = Field(default=None, ge=1, le=10**9, description="Optimizer steps, in place of epochs.")
+    optimizer: OptimizerName = Field(
+        default="adamw",
+        description="What takes the steps. Less memory: adamw-8bit (of torchao), adafactor; muon: AdamW, but the "
+        "steps of hidden matrices are made orthogonal.",
+    )
     learning_rate: float | None = Field(
         default=None, gt=0.0, allow_inf_nan=False, description="At its highest; 2e-5 in full and 2e-4 with LoRA."
     )

@@ -28,6 +28,7 @@ from instil.training.config import TrainConfig
 from instil.training.distributed import Processes, whole
 from instil.training.events import Outcome, Resolved, Watcher
 from instil.training.files import plain
+from instil.training.optimizer import check_installed
 from instil.training.options import OutputOptions, TrackerOptions
 from instil.training.output import check_output, describe_run, write_output
 from instil.training.rows import Rows
@@ -52,6 +53,7 @@ def train(config: TrainConfig, watchers: Sequence[Watcher] = (), *, stopping: Ca
         raise UsageError("output: is missing", "Name the folder that takes the tuned model.")
     check_output(config.output, resume=config.resume)
     check_trackers(config.trackers)
+    check_installed(config.optimizer)
     processes = Processes.join()
     try:
         return _train(config, config.output, watchers, stopping, processes)
@@ -220,11 +222,13 @@ def resolve(config: TrainConfig) -> Resolved:
     """
     if config.output is not None:
         check_output(config.output, resume=config.resume)
+    check_installed(config.optimizer)
     data = Rows.of(config, rejects=False)
     model, _ = _model(config, data.renderer)
     reader = TreeModel(model, bf16=_precision(config) is torch.bfloat16)
     options = config.tokens_per_step, config.tokens_per_batch, config.share_prefixes, config.seed
-    resolved = loop.resolve(reader, Steps.of(data.prepared.trees, *options, data.trained), config)
+    steps = Steps.of(data.prepared.trees, *options, data.trained)
+    resolved = loop.resolve(reader, steps, config, held_out=bool(len(data.held_out)))
     return replace(resolved, settings={**data.about, **resolved.settings})
 
 
