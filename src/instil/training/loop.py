@@ -16,23 +16,19 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from instil.errors import Interrupted, TrainingError
-from instil.model.adapter import trained_parameters
 from instil.model.forward import TreeModel
-from instil.model.quantize import describe
 from instil.objectives import supervised
-from instil.packing import PackedBatch, StoredTrees, TokenTree, pack
+from instil.packing import PackedBatch, TokenTree, pack
 from instil.packing.packs import Sharing
 from instil.packing.tree import Ints
 from instil.training.checkpoint import Checkpoint, Checkpoints
 from instil.training.distributed import Processes, shard, whole
 from instil.training.events import Evaluation, Outcome, Resolved, Step, Watcher
-from instil.training.memory import Kept, Load, Memory, estimate, keep_freed_blocks
+from instil.training.memory import keep_freed_blocks
 from instil.training.optimizer import begun_state, learning_rate, make_optimizers, state_tensors, take_step
 from instil.training.options import TrainOptions
-from instil.training.steps import Steps, longest_paths
-
-WORTH_COMPILING = {"cpu": 1e15, "cuda": 1e17}
-"""Floating-point operations of a run from which compiling its layers, which takes a minute or two, is worth it."""
+from instil.training.preflight import check, naming, resolve
+from instil.training.steps import Steps
 
 
 def fit(
@@ -75,7 +71,7 @@ def fit(
         Interrupted: `stopping` said so; the state is saved.
     """
     processes = processes or Processes()
-    _check(model, trees, rows, sharded=options.shard and processes.size > 1)
+    check(model, trees, rows, sharded=options.shard and processes.size > 1)
     steps = Steps.of(
         trees, options.tokens_per_step, tokens_per_batch, share_prefixes, seed, rows, processes=processes.size
     )
@@ -83,7 +79,7 @@ def fit(
     _prepare(model, resolved)
     if options.shard and processes.size > 1:
         shard(model, _layers(model), ["losses"])
-    run = _Run(model, resolved, options, watchers, processes, seed, _naming(trees))
+    run = _Run(model, resolved, options, watchers, processes, seed, naming(trees))
     evaluations = _Evaluations(run, held_out, options, tokens_per_batch)
     if resume is not None:
         run.restore(resume)
@@ -114,124 +110,6 @@ def fit(
         if interrupted and number < resolved.steps:
             raise Interrupted(number, asked, saved)
     return evaluations.finish()
-
-
-def _check(model: TreeModel, trees: Sequence[TokenTree], rows: Ints | None, *, sharded: bool) -> None:
-    """Refuse what could not be trained, before the first step."""
-    if sharded and not model.in_one_go:
-        raise TrainingError(
-            "--shard: this model reads some rows apart from others, and its processes would wait for each other: "
-            + (model.one_by_one or "long paths are rotated otherwise"),
-            "Leave --shard out: each process then holds all of the model.",
-        )
-    if not len(trees if rows is None else rows):
-        raise TrainingError("there are no rows to train", "Give some.")
-    if isinstance(trees, StoredTrees):
-        weight, highest = trees.weight, trees.highest_id
-    else:
-        weight = sum(float(tree.target_weights.sum()) for tree in trees)
-        highest = max(int(tree.input_ids.max(initial=0)) for tree in trees)
-    if not weight:
-        raise TrainingError("no token of any row has a weight", "Give rows an answer that is trained.")
-    _check_positions(model, trees)
-    embeddings = model.base.get_input_embeddings().weight.shape[0]
-    if highest >= embeddings:
-        where = next(index for index, tree in enumerate(trees) if tree.input_ids.max(initial=0) >= embeddings)
-        raise TrainingError(
-            f"{_naming(trees)(where)}: holds the token id {highest:,}, and the model has {embeddings:,} embeddings",
-            "Encode the rows with the model's own tokenizer.",
-        )
-
-
-def _check_positions(model: TreeModel, trees: Sequence[TokenTree]) -> None:
-    """Refuse rows that are longer than a table of learned positions (GPT-2, OPT)."""
-    limit = getattr(model.base.config, "max_position_embeddings", None) or 0
-    tables = {each.num_embeddings for each in model.base.modules() if isinstance(each, nn.Embedding)}
-    if not tables & {limit, limit + 2}:  # OPT has two more than it says
-        return
-    longer = np.flatnonzero(longest_paths(trees) > limit)
-    if len(longer):
-        raise TrainingError(
-            f"{_naming(trees)(int(longer[0]))}: is longer than the {limit:,} positions that the model has learned, and "
-            f"so are {len(longer) - 1:,} more",
-            f"Give --max-length {limit}, and with --on-too-long what becomes of such rows.",
-        )
-
-
-def _naming(trees: Sequence[TokenTree]) -> Callable[[int], str]:
-    return trees.name if isinstance(trees, StoredTrees) else lambda index: f"row {index}"
-
-
-def resolve(
-    model: TreeModel, steps: Steps, options: TrainOptions, resume: Checkpoint | None = None, *, held_out: bool = False
-) -> Resolved:
-    """Settle what is left to the counts.
-
-    Args:
-        model: What is trained.
-        steps: The steps of an epoch.
-        options: How it is trained.
-        held_out: Whether rows are held out, so that the best weights are kept.
-
-    Raises:
-        TrainingError: The run does not fit into memory.
-    """
-    count = options.max_steps or max(1, round(options.epochs * steps.per_epoch))
-    lora = hasattr(model.model, "peft_config")
-    trained, parameters = trained_parameters(model.model)
-    checkpointing, memory = _memory(model, steps, options, held_out)
-    work = 6 * parameters * count * min(steps.tokens_per_step, steps.tokens)  # multiplications and additions, roughly
-    settings = {
-        "optimizer": options.optimizer,
-        "learning_rate": options.learning_rate or (2e-4 if lora else 2e-5),
-        "schedule": options.schedule,
-        "warmup_steps": round(options.warmup * count),
-        "weight_decay": options.weight_decay,
-        "max_grad_norm": options.max_grad_norm,
-        "tokens_per_batch": steps.tokens_per_batch,
-        "share_prefixes": steps.share_prefixes,
-        "share_prefixes_reason": steps.reason,
-        "trained_parameters": trained,
-        "parameters": parameters,
-        **({"quantized": quantized} if (quantized := describe(model.model)) else {}),
-        "attention": "token trees" if not model.one_by_one else f"one path at a time: {model.one_by_one}",
-        "precision": "bf16" if model.bf16 else "fp32",
-        "activation_checkpointing": checkpointing,
-        "compile": options.compile == "on" or (options.compile == "auto" and work > WORTH_COMPILING[model.device.type]),
-        "eval_every": options.eval_every or max(1, count // 10),
-        "memory": str(memory),
-    }
-    if steps.processes > 1:
-        settings["processes"] = (
-            f"{steps.processes}, {'each with a part' if options.shard else 'each with all'} of the model"
-        )
-    if resume is not None:
-        settings["resumed_from"] = str(resume.folder)
-        settings |= {"passed_over": "; ".join(resume.passed)} if resume.passed else {}
-    return Resolved(count, count / steps.per_epoch, steps.tokens_per_step, settings)
-
-
-def _memory(model: TreeModel, steps: Steps, options: TrainOptions, held_out: bool) -> tuple[bool, Memory]:
-    """Whether activations are computed again, and the memory that takes."""
-    load, kept, chosen = Load.of(steps), Kept.by(model), options.activation_checkpointing
-
-    def take(load: Load, checkpointing: bool) -> Memory:
-        return estimate(model, options.optimizer, load, kept, checkpointing=checkpointing, held_out=held_out)
-
-    memory = take(load, chosen == "on")
-    if memory.needed <= memory.available:
-        return chosen == "on", memory
-    with_checkpointing = take(load, True)
-    if chosen == "auto" and with_checkpointing.needed <= memory.available:
-        return True, with_checkpointing
-    lower = steps.tokens_per_batch
-    while lower > 256 and take(load.within(lower), True).needed > memory.available:
-        lower //= 2
-    fits = take(load.within(lower), True).needed <= memory.available
-    remedy = (
-        f"--tokens-per-batch {lower} --activation-checkpointing on" if fits else "--adapter lora, or a smaller model"
-    )
-    raise TrainingError(f"the run does not fit into memory: {memory}", f"It would fit with {remedy}.")
 
 
 def _prepare(model: TreeModel, resolved: Resolved) -> None:

@@ -140,7 +140,14 @@ class Kept:
 
 
 def estimate(
-    model: TreeModel, optimizer: OptimizerName, load: Load, kept: Kept, *, checkpointing: bool, held_out: bool
+    model: TreeModel,
+    optimizer: OptimizerName,
+    load: Load,
+    kept: Kept,
+    *,
+    checkpointing: bool,
+    held_out: bool,
+    shards: int = 1,
 ) -> Memory:
     """What training the model takes.
 
@@ -151,6 +158,7 @@ def estimate(
         kept: Of it by the model.
         checkpointing: Whether activations are computed again in place of kept: all but what goes into each layer.
         held_out: Whether the best weights are kept.
+        shards: The processes that hold the model in parts.
     """
     config = model.base.config
     trained = sum(each.nbytes for each in model.model.parameters() if each.requires_grad)
@@ -167,11 +175,11 @@ def estimate(
     process, available = _held(model, weights)
     return Memory(
         process=process,
-        weights=weights,
+        weights=weights // shards,
         copies=int(kept.copies),
-        optimizer=state_bytes(optimizer, model.model),
-        best=trained if held_out else 0,
-        gradients=trained,
+        optimizer=state_bytes(optimizer, model.model) // shards,
+        best=trained // shards if held_out else 0,
+        gradients=trained // shards,
         activations=int(activations),
         logits=logits,
         holes=int(_HOLES * (activations + logits)) if model.device.type == "cpu" else 0,

@@ -21,7 +21,7 @@ from instil.model.tokens import Growth, reserve_tokens
 from instil.prompt import Tokenizer, builtin_templates
 from instil.prompt.render import Renderer
 from instil.prompt.tokenizer import load_tokenizer
-from instil.training import loop
+from instil.training import loop, preflight
 from instil.training.checkpoint import Checkpoint, Checkpoints, differences
 from instil.training.comparison import Comparison, compare
 from instil.training.config import TrainConfig
@@ -228,7 +228,7 @@ def resolve(config: TrainConfig) -> Resolved:
     reader = TreeModel(model, bf16=_precision(config) is torch.bfloat16)
     options = config.tokens_per_step, config.tokens_per_batch, config.share_prefixes, config.seed
     steps = Steps.of(data.prepared.trees, *options, data.trained)
-    resolved = loop.resolve(reader, steps, config, held_out=bool(len(data.held_out)))
+    resolved = preflight.resolve(reader, steps, config, held_out=bool(len(data.held_out)))
     return replace(resolved, settings={**data.about, **resolved.settings})
 
 
