@@ -142,8 +142,9 @@ def test_asked_twice_it_leaves_at_once(folder):
     output = folder / "twice"
     many = folder / "many.jsonl"
     many.write_text((folder / "rows.jsonl").read_text() * 100)
-    process = start(folder, "--output", output.name, "--data", many.name, "--tokens-per-step", "100000000")
-    wait_for(process, lambda: lines(output) > 0)  # the first evaluation; a step takes minutes
+    large = ["--data", many.name, "--tokens-per-step", "100000000", "--share-prefixes", "off"]
+    process = start(folder, "--output", output.name, *large)
+    wait_for(process, lambda: lines(output) > 0)  # the first evaluation; a step takes half a minute
     process.send_signal(signal.SIGTERM)
     said = "".join(iter_until(process, "once more ends it at once"))
     time.sleep(1.1)  # two within a second are one: torchrun passes on what the terminal has sent already
@@ -182,9 +183,6 @@ def test_a_changed_run_is_refused_with_the_difference_unless_allowed(folder, who
     assert "1 now" not in run(folder, *changes, "--allow-changed", "learning_rate", code=2).split("data:")[0]
     run(folder, *changes, "--allow-changed", "data", "learning-rate")
     assert measured(output) != measured(whole)
-    mistyped = run(folder, "--resume", "--allow-changed", "lerning_rate", "--output", "none", code=2)
-    assert "--allow-changed lerning_rate: there is no such setting" in mistyped
-    assert "Did you mean 'learning_rate'?" in mistyped
 
 
 def test_a_corrupted_checkpoint_is_named_and_the_one_before_is_taken(folder, whole):
@@ -193,7 +191,7 @@ def test_a_corrupted_checkpoint_is_named_and_the_one_before_is_taken(folder, who
     wait_for(process, lambda: (output / "checkpoints" / "step-00000012").exists())
     process.kill()
     process.communicate()
-    newest, before = sorted((output / "checkpoints").glob("step-*"), reverse=True)
+    newest, before = sorted((output / "checkpoints").glob("step-*"), reverse=True)[:2]
     broken = next(newest.glob("*.safetensors"))
     with broken.open("r+b") as file:
         file.seek(-3, os.SEEK_END)

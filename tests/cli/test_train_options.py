@@ -72,6 +72,15 @@ def test_printed_settings_are_taken_back(instil, tmp_path):
     assert instil("train", "--config", "run.yaml", "--print-config").stdout == printed
 
 
+def test_on_and_off_are_words_and_nothing_can_be_said(instil, tmp_path):
+    (tmp_path / "run.yaml").write_text("compile: off\nshare_prefixes: on\nmax_grad_norm: null\n")
+    printed = instil("train", *COMMON, "--config", "run.yaml", "--print-config").stdout
+    settings = yaml.safe_load(printed)
+    assert (settings["compile"], settings["share_prefixes"], settings["max_grad_norm"]) == ("off", "on", None)
+    (tmp_path / "again.yaml").write_text(printed)
+    assert instil("train", "--config", "again.yaml", "--print-config").stdout == printed
+
+
 def test_flags_override_the_file(instil, tmp_path):
     (tmp_path / "run.yaml").write_text(f"data: {DATA}\nmodel: m\nlearning-rate: 1e-5\ntemplate_args: {{order: spm}}\n")
     read = yaml.safe_load(instil("train", "--config", "run.yaml", "--seed", "5", "--print-config").stdout)
@@ -138,6 +147,15 @@ MISTAKES = {
     "one standard input": (
         ["--model", "m", *OUT, "--data", "-", "--eval-data", "-"],
         "--data - and --eval-data -: there is one standard input",
+    ),
+    "a split model and another optimizer": (
+        [*COMMON, *OUT, "--shard", "--optimizer", "muon"],
+        "--shard and --optimizer muon exclude each other",
+    ),
+    "changes to nothing": ([*COMMON, *OUT, "--allow-changed", "data"], "--allow-changed: says what may differ"),
+    "changes of nothing": (
+        [*COMMON, *OUT, "--resume", "--allow-changed", "lerning-rate"],
+        "--allow-changed lerning_rate: there is no such setting\n  did you mean 'learning_rate'?",
     ),
     "two things to print": (
         [*COMMON, "--dry-run", "--print-config"],

@@ -72,6 +72,7 @@ def check(config: TrainConfig) -> None:
     _check_adapter(config)
     _check_evaluation(config)
     _check_resume(config)
+    _check_shard(config)
 
 
 def _check_model(config: TrainConfig) -> None:
@@ -145,13 +146,20 @@ def _check_evaluation(config: TrainConfig) -> None:
         raise UsageError("--data - and --eval-data -: there is one standard input", "Name a file for one of them.")
 
 
+def _check_shard(config: TrainConfig) -> None:
+    if config.shard and config.optimizer != "adamw":
+        raise UsageError(f"--shard and --optimizer {config.optimizer} exclude each other", "Leave one of them out.")
+    if config.shard and config.quantize != "none":
+        raise UsageError(f"--shard and --quantize {config.quantize} exclude each other", "Leave one of them out.")
+
+
 def _check_resume(config: TrainConfig) -> None:
     if config.allow_changed and not config.resume:
         raise UsageError("--allow-changed: says what may differ on --resume", "Add --resume, or leave it out.")
     known = {*TrainConfig.model_fields, "weights"}
-    for name in config.allow_changed:
-        if name.replace("-", "_") not in known:
-            raise UsageError(f"--allow-changed {name}: there is no such setting", nearest(name, known).capitalize())
+    for name in (each.replace("-", "_") for each in config.allow_changed):
+        if name not in known:
+            raise UsageError(f"--allow-changed {name}: there is no such setting", nearest(name, known))
 
 
 def _flag(name: str) -> str:
