@@ -30,12 +30,12 @@ from torch import Tensor
 from instil.errors import TrainingError
 from instil.training.distributed import Processes
 from instil.training.events import Evaluation, Step
-from instil.training.files import broken, seal, sync_one, write_json
+from instil.training.files import METRICS, broken, seal, sync_one, write_json
 from instil.training.metrics import read_metrics, write_metrics
 
 _PREFIX = "step-"
 _DRAFT = f".{_PREFIX}"
-_STATE, _METRICS = "state.json", "metrics.jsonl"
+_STATE = "state.json"
 _FILE = 1 << 28  # bytes of one file: as much is held in memory once more while it is written
 
 
@@ -65,7 +65,7 @@ class Checkpoint:
     def read(cls, folder: Path, passed: Sequence[str] = ()) -> Checkpoint:
         """Read all but the tensors of a checkpoint that is whole."""
         state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
-        steps, evaluations = read_metrics(folder / _METRICS)
+        steps, evaluations = read_metrics(folder / METRICS)
         return cls(folder, state["step"], state["made_of"], state["processes"], steps, evaluations, passed)
 
     def kinds(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
@@ -152,7 +152,7 @@ class Checkpoints:
             self._write(tensors, draft)
             self.processes.wait()
             if self.processes.first:
-                write_metrics(draft / _METRICS, steps, evaluations)
+                write_metrics(draft / METRICS, steps, evaluations)
                 state = {"format": 1, "step": step, "processes": self.processes.size, "made_of": self.made_of}
                 write_json(draft / _STATE, state)
                 seal(draft)

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: strict JSON, digests, and a disk that holds what it was given."""
+"""The files of a run, whole or not there: strict JSON, digests, locks, and a disk that holds what it was given."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-MANIFEST = "manifest.json"
+try:
+    import fcntl
+except ImportError:  # Windows has none, and so no locks
+    fcntl = None  # type: ignore[assignment]
+
+RECORD, METRICS, MANIFEST = "instil.json", "metrics.jsonl", "manifest.json"
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -53,6 +58,28 @@ def sync_one(path: Path) -> None:
         os.fsync(number)
     finally:
         os.close(number)
+
+
+def lock(folder: Path, *, shared: bool = False) -> int | None:
+    """Lock a folder, until the number returned is closed; None where the system knows no locks.
+
+    Args:
+        folder: That of a run: the process that trains there holds its lock.
+        shared: Whether others may do so as well.
+
+    Raises:
+        BlockingIOError: Another process holds it.
+    """
+    if fcntl is not None:
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(number, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            return number
+        except OSError as error:
+            os.close(number)
+            if isinstance(error, BlockingIOError):  # any other: a file system without locks
+                raise
+    return None
 
 
 def seal(folder: Path) -> None:

@@ -32,13 +32,12 @@ from instil.prompt import ChatTemplate, Renderer, Tokenizer
 from instil.training.card import draw_loss, example_of, model_card
 from instil.training.config import TrainConfig
 from instil.training.events import Outcome
-from instil.training.files import plain, sha256, sync, sync_one, write_json
+from instil.training.files import RECORD, plain, sha256, sync, sync_one, write_json
 
 if TYPE_CHECKING:  # it loads torch
     from instil.training.comparison import Comparison
 
 ADAPTER_CONFIG = "adapter_config.json"
-RECORD = "instil.json"
 
 _FRESH = "Name a new folder, as in --output tuned."
 _NO_CURVE = "the model card has no loss curve: matplotlib is not installed (pip install matplotlib)"

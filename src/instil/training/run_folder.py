@@ -22,16 +22,10 @@ from instil.errors import Interrupted, TrainingError, UsageError
 from instil.training.checkpoint import Checkpoint
 from instil.training.config import TrainConfig
 from instil.training.events import Evaluation, Resolved, Step
-from instil.training.files import write_json
+from instil.training.files import METRICS, RECORD, lock, write_json
 from instil.training.metrics import to_line, write_metrics
-from instil.training.output import RECORD
 
-try:
-    import fcntl
-except ImportError:  # Windows has none, and so no lock
-    fcntl = None  # type: ignore[assignment]
-
-METRICS, SETTINGS, CHECKPOINTS = "metrics.jsonl", "run.yaml", "checkpoints"
+SETTINGS, CHECKPOINTS = "run.yaml", "checkpoints"
 
 
 class RunFolder:
@@ -58,15 +52,12 @@ class RunFolder:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"--output {self.folder}: cannot be written: {error.strerror}", "Name another.") from error
-        if fcntl is not None:
-            self._lock = os.open(self.folder, os.O_RDONLY)
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                os.close(self._lock)
-                raise UsageError(
-                    f"--output {self.folder}: another process trains there", "Wait for it, or name a new folder."
-                ) from error
+        try:
+            self._lock = lock(self.folder)
+        except BlockingIOError as error:
+            raise UsageError(
+                f"--output {self.folder}: another process trains there", "Wait for it, or name a new folder."
+            ) from error
         return self
 
     def __exit__(

@@ -14,14 +14,9 @@ from typing import Any
 
 from instil.errors import UsageError, nearest
 from instil.training.events import Evaluation, Step
+from instil.training.files import METRICS, RECORD, lock
 from instil.training.metrics import read_metrics
 
-try:
-    import fcntl
-except ImportError:  # Windows has none, and so no lock
-    fcntl = None  # type: ignore[assignment]
-
-_RECORD, _METRICS = "instil.json", "metrics.jsonl"
 _STATES = ("running", "finished", "interrupted", "failed")
 _LIST = "List those there are with: instil runs DIR"
 
@@ -86,7 +81,7 @@ def find_runs(directory: str | Path = ".") -> list[Run]:
         raise UsageError(f"{directory}: is no folder", "Name one that holds runs.")
     found = []
     for place, folders, files in os.walk(directory):
-        if _RECORD in files:
+        if RECORD in files:
             folders.clear()  # what a run holds is its own
             try:
                 found.append(read_run(Path(place)))
@@ -106,20 +101,20 @@ def read_run(folder: str | Path) -> Run:
     """
     folder = Path(folder)
     try:
-        record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise UsageError(f"{folder}: holds no run (there is no {_RECORD})", _near(folder)) from error
+        raise UsageError(f"{folder}: holds no run (there is no {RECORD})", _near(folder)) from error
     except OSError as error:
-        raise UsageError(f"{folder}: {_RECORD} cannot be read: {error.strerror or error}", _LIST) from error
+        raise UsageError(f"{folder}: {RECORD} cannot be read: {error.strerror or error}", _LIST) from error
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{folder}: {_RECORD} is no JSON: {error}", _LIST) from error
+        raise UsageError(f"{folder}: {RECORD} is no JSON: {error}", _LIST) from error
     if not isinstance(record, dict):
-        raise UsageError(f"{folder}: {_RECORD} is no record of a run: it holds no object", _LIST)
+        raise UsageError(f"{folder}: {RECORD} is no record of a run: it holds no object", _LIST)
     try:
         state, started = record.get("state", "finished"), record.get("started")
         if state not in _STATES:
-            raise UsageError(f"{folder}: {_RECORD}: state {state!r} is none that is known", "Is Instil up to date?")
-        metrics = folder / _METRICS
+            raise UsageError(f"{folder}: {RECORD}: state {state!r} is none that is known", "Is Instil up to date?")
+        metrics = folder / METRICS
         history, evaluations = read_metrics(metrics) if metrics.exists() else ([], [])
         return Run(
             name=str(folder),
@@ -133,19 +128,16 @@ def read_run(folder: str | Path) -> Run:
             record=record,
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"{folder}: {_RECORD} is no record of a run: {_fault(error)}", _LIST) from error
+        raise UsageError(f"{folder}: {RECORD} is no record of a run: {_fault(error)}", _LIST) from error
 
 
 def _is_free(folder: Path) -> bool:
     """Whether no process trains there: the one that does holds a lock on the folder."""
-    if fcntl is not None:
-        with contextlib.suppress(OSError):  # it is held; or the file system has no locks, and the record is believed
-            number = os.open(folder, os.O_RDONLY)
-            try:
-                fcntl.flock(number, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                return True
-            finally:
-                os.close(number)
+    with contextlib.suppress(OSError):  # it is held, or may not be looked at
+        number = lock(folder, shared=True)
+        if number is not None:  # else there are no locks, and the record is believed
+            os.close(number)
+            return True
     return False
 
 
@@ -158,7 +150,7 @@ def _near(folder: Path) -> str:
     """The run of the nearest name beside where one was looked for."""
     beside = folder.parent
     try:
-        names = [str(each.parent) for each in beside.glob(f"*/{_RECORD}")]
+        names = [str(each.parent) for each in beside.glob(f"*/{RECORD}")]
     except OSError:
         names = []
     return nearest(str(folder), names) if names else _LIST
