@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -151,12 +152,41 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(folder):
     assert not (folder / "dry").exists()
 
 
+def test_rows_that_are_left_out_are_said_before_anything_is_trained(folder):
+    (folder / "bad.jsonl").write_text((folder / "rows.jsonl").read_text() + '{"instruction": "no answer"}\n')
+    given = ["--init", "base", "--data", "bad.jsonl", "--template", "chatml", "--output", "dry", "--dry-run"]
+    limits = ["--on-bad-row", "skip", "--max-length", "40", "--eval-data", "rows.jsonl"]
+    shown = instil(folder, *given, *limits).stdout
+    rows = re.search(r"rows +read 51, kept (\d+), dropped (\d+), rejected 1\n", shown)
+    kept, dropped = map(int, rows.groups())
+    assert kept + dropped == ROWS
+    assert dropped > 10
+    assert re.search(rf"rows not whole +{dropped} dropped: .*; 1 rejected: ", shown)
+    assert re.search(rf"held out +read 50, kept {kept}, dropped {dropped}\n", shown)
+    assert re.search(rf"held out and trained +{kept}\n", shown)
+
+
+def test_a_tokenizer_that_is_not_the_models_is_refused(tuned, folder):
+    own = json.loads((tuned / "tokenizer.json").read_text())
+    vocabulary = own["model"]["vocab"]
+    (folder / "other").mkdir()
+    turned = dict(zip(vocabulary, reversed(vocabulary.values()), strict=True))
+    own["model"] |= {"vocab": turned}
+    (folder / "other" / "tokenizer.json").write_text(json.dumps(own))
+    given = ["--model", tuned, "--tokenizer", "other", "--data", "rows.jsonl", "--template", "chatml", "--output", "x"]
+    said = instil(folder, *given, code=2).stderr
+    assert re.match(r"instil: --tokenizer other: is not the model's: [\d,]+ of its [\d,]+ ids mean other tokens", said)
+    assert not (folder / "x").exists()
+
+
 def test_a_run_that_cannot_fit_is_refused_with_what_would_fit(folder):
-    huge = LlamaConfig(vocab_size=2048, hidden_size=64, num_hidden_layers=4096, num_attention_heads=2).to_dict()
-    (folder / "huge").mkdir()
-    (folder / "huge" / "config.json").write_text(json.dumps({**huge, "intermediate_size": 64}))
-    arguments = ["--init", "huge", "--tokenizer", "base", "--data", "rows.jsonl", "--template", "chatml"]
-    told = instil(folder, *arguments, "--output", "x", "--tokens-per-batch", "65536", code=2).stderr
+    deep = LlamaConfig(vocab_size=2048, hidden_size=128, num_hidden_layers=512, num_attention_heads=2).to_dict()
+    (folder / "deep").mkdir()
+    (folder / "deep" / "config.json").write_text(json.dumps({**deep, "intermediate_size": 128}))
+    (folder / "many.jsonl").write_text((folder / "rows.jsonl").read_text() * 300)
+    given = ["--init", "deep", "--tokenizer", "base", "--data", "many.jsonl", "--template", "chatml", "--output", "x"]
+    large = ["--tokens-per-batch", "500000", "--tokens-per-step", "500000", "--share-prefixes", "off"]
+    told = instil(folder, *given, *large, code=2).stderr
     assert "does not fit into memory" in told
     assert "--tokens-per-batch" in told
     assert not (folder / "x").exists()

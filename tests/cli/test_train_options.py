@@ -270,3 +270,16 @@ def test_a_bar_in_a_terminal():
     assert "6/6" in text
     assert "held-out loss 1.2500" in text
     assert "\x1b[?25h" in text, "the cursor is back"
+
+
+def test_a_run_goes_on_where_no_one_hears_of_it_any_more():
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    for terminal in (False, True):
+        with Progress(Console(file=Closed(), force_terminal=terminal), seconds=0) as progress:
+            progress.started(Resolved(6, 1.5, 2048, {}))
+            progress.stepped(STEPS[0])
+            progress.evaluated(Evaluation(1, 1.25, True, 12.5))
+            progress.stepped(STEPS[5])
