@@ -27,7 +27,7 @@ def targets(draw):
 @given(targets(), st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]))
 def test_cross_entropy_is_that_of_torch(case, dtype):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(forward, "_ROWS_AT_ONCE", 3)  # so that rows stand in several pieces
+        patch.setattr(forward, "ROWS_AT_ONCE", 3)  # so that rows stand in several pieces
         rows, words, row_of, ids = case
         generator = torch.Generator().manual_seed(rows)
         logits = (torch.randn(rows, words, generator=generator, dtype=torch.float64) * 5).to(dtype)

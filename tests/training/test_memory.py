@@ -47,14 +47,14 @@ NEOX = {
     "intermediate_size": 1024,
     "num_hidden_layers": 16,
     "num_attention_heads": 4,
-    "vocab_size": 32_768,
+    "vocab_size": 16_384,
     "max_position_embeddings": 1024,
 }
 SHAPES = {
     "llama, fp32": (llama(num_hidden_layers=8), {"tokens_per_batch": 4096, "tokens_per_step": 8000}),
     "wide vocabulary, bf16, best kept": (
-        llama(vocab_size=131_072, hidden_size=128, num_hidden_layers=2, tie_word_embeddings=True),
-        {"tokens_per_batch": 512, "tokens_per_step": 1024, "precision": "bf16", "eval_fraction": 0.01},
+        llama(vocab_size=65_536, hidden_size=128, num_hidden_layers=2, tie_word_embeddings=True),
+        {"tokens_per_batch": 1024, "tokens_per_step": 1024, "precision": "bf16", "eval_fraction": 0.01},
     ),
     "lora, bf16": (
         llama(num_hidden_layers=6),
@@ -67,7 +67,7 @@ SHAPES = {
     "gpt-neox, checkpointing, adafactor": (
         GPTNeoXConfig(**NEOX, **NO_IDS),
         {
-            "tokens_per_batch": 2048,
+            "tokens_per_batch": 4096,
             "tokens_per_step": 4096,
             "activation_checkpointing": "on",
             "optimizer": "adafactor",

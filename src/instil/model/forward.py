@@ -157,11 +157,10 @@ class TreeModel(nn.Module):
         config = self.base.config
         with torch.profiler.record_function("instil::head"):
             logits: Tensor = self.base.get_output_embeddings()(hidden)
-            logits = (
-                logits
-                * (getattr(config, "logit_scale", None) or 1.0)
-                / (getattr(config, "logits_scaling", None) or 1.0)
-            )
+            if times := getattr(config, "logit_scale", None):
+                logits = logits * times
+            if over := getattr(config, "logits_scaling", None):
+                logits = logits / over
             cap = getattr(config, "final_logit_softcapping", None)
             return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -236,14 +235,14 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         logits, lse, row_of, ids = ctx.saved_tensors
         of_row = torch.zeros_like(lse).index_add_(0, row_of, grads[0])  # (R,): a row's targets share its softmax
-        pieces = []
+        found = torch.empty_like(logits)  # (R, V)
         for at in range(0, len(lse), ROWS_AT_ONCE):
             rows = slice(at, at + ROWS_AT_ONCE)
-            grad = logits[rows].to(lse.dtype).sub_(lse[rows, None]).exp_().mul_(of_row[rows, None])  # (R', V)
+            grad = (logits[rows] - lse[rows, None]).exp_().mul_(of_row[rows, None])  # (R', V)
             here = ((row_of >= at) & (row_of < at + ROWS_AT_ONCE)).nonzero()[:, 0]
             grad.index_put_((row_of[here] - at, ids[here]), -grads[0][here], accumulate=True)
-            pieces.append(grad.to(logits.dtype))
-        return torch.cat(pieces), None, None
+            found[rows] = grad
+        return found, None, None
 
 
 def _forget_lengths(model: Any) -> None:

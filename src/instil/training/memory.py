@@ -169,7 +169,7 @@ def estimate(
         activations = into_layers + activations / config.num_hidden_layers
     vocabulary = config.vocab_size
     rows = min(load.tokens if model.one_by_one else load.rows, LOGITS_AT_ONCE // vocabulary + 1)
-    gradients = 2 * (2 if model.bf16 else 4) * vocabulary * rows  # in pieces, and those put together
+    gradients = (2 if model.bf16 else 4) * vocabulary * rows
     pieces = 2 * 4 * vocabulary * min(rows, ROWS_AT_ONCE)  # in float32
     logits = int(kept.a_row * rows) + gradients + pieces
     process, available = _held(model, weights)
@@ -200,7 +200,7 @@ def _watch(model: TreeModel, tokens: int) -> tuple[int, int, int]:
         reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]  # its address goes to no other
         if storage.data_ptr() not in own and reference.cdata not in seen:
             seen[reference.cdata] = reference
-            of_logits = tensor.ndim > 1 and tensor.shape[-1] == vocabulary
+            of_logits = tensor.shape[-2:] in ((tokens, vocabulary), (tokens - 1, vocabulary))
             kept[2 if of_logits else tensor.shape.count(tokens) > 1] += storage.nbytes()
 
     ids = np.arange(tokens, dtype=np.int32) % vocabulary
