@@ -108,7 +108,7 @@ def test_two_processes_take_the_steps_of_one(folder, alone, how):
     said = run(folder, TWO, "--output", output.name, *how)
     assert_same(alone, output)
     assert said.count("instil: wrote") == 1, "one speaks for both"
-    assert f"processes                 2, each with {'a part' if how else 'all'} of the model" in said
+    assert f"processes                2, each with {'a part' if how else 'all'} of the model" in said
 
 
 @pytest.mark.prove

@@ -249,8 +249,8 @@ def test_lines_where_there_is_no_terminal():
     text = shown(terminal=False)
     assert "\x1b" not in text
     lines = text.splitlines()
-    assert "tokens per step  2,048" in [line.strip() for line in lines]
-    assert "rows             read 1,200, kept 3" in [line.strip() for line in lines]
+    assert "tokens per step  2,048" in lines
+    assert "rows             read 1,200, kept 3" in lines
     steps = [line for line in lines if line.startswith("step ")]
     assert [line.split("  ")[0] for line in steps] == [
         "step 1/6",

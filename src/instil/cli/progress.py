@@ -69,7 +69,7 @@ class Progress:
         """Fall silent where no one hears any more: a run is worth more than what is said of it."""
         try:
             yield
-        except OSError:
+        except (OSError, SystemExit):  # the latter is rich's answer to a broken pipe
             self._console = Console(quiet=True)
             self._bar = None
 
@@ -113,10 +113,11 @@ class Progress:
 
 def show_resolved(resolved: Resolved, console: Console) -> None:
     """Print what a run does as a table of names and values."""
-    grid = Table.grid(padding=(0, 2))
-    for name, value in resolved.to_json().items():
-        grid.add_row(Text(name.replace("_", " "), "bold"), Text(_shown(value)))
-    console.print(grid)
+    values = resolved.to_json()
+    width = max(map(len, values))
+    for name, value in values.items():
+        line = Text(name.replace("_", " ").ljust(width), "bold").append(f"  {_shown(value)}", "default")
+        console.print(line, soft_wrap=True)
 
 
 def _shown(value: Any) -> str:

@@ -79,7 +79,10 @@ def _counts(prepared: Prepared, name: str) -> dict[str, Any]:
 
 
 def _reasons(counted: Mapping[str, Any]) -> str:
-    return "; ".join(f"{each['rows']:,} {each['status']}: {each['what']}" for each in counted["reasons"])
+    said = ((each["rows"], each["status"], each["what"]) for each in counted["reasons"])
+    return "; ".join(
+        f"{rows:,} {what if what.startswith(status) else f'{status}: {what}'}" for rows, status, what in said
+    )
 
 
 def _prepared(
