@@ -138,6 +138,7 @@ def test_asked_once_it_saves_and_stops_and_goes_on_bit_for_bit(folder, whole, nu
     assert "has finished; nothing is left to do" in run(folder, "--output", output.name, "--resume", code=2)
 
 
+@pytest.mark.prove
 def test_asked_twice_it_leaves_at_once(folder):
     output = folder / "twice"
     many = folder / "many.jsonl"
@@ -164,6 +165,7 @@ def iter_until(process, text):
     raise AssertionError(f"never said: {text}")
 
 
+@pytest.mark.prove
 def test_a_changed_run_is_refused_with_the_difference_unless_allowed(folder, whole):
     output = folder / "changed"
     process = start(folder, "--output", output.name)
@@ -209,6 +211,7 @@ def test_without_a_checkpoint_it_begins(folder, whole):
     assert weights(folder / "anew") == weights(whole)
 
 
+@pytest.mark.prove
 def test_only_one_process_trains_in_a_folder(folder):
     output = folder / "locked"
     process = start(folder, "--output", output.name, "--max-steps", "100000")
