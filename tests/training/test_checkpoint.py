@@ -78,6 +78,18 @@ def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, made, until):
     assert [each.seconds for each in outcome.history] == sorted(each.seconds for each in outcome.history)
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "adafactor"])
+def test_the_state_of_every_optimizer_is_in_it(tmp_path, optimizer):
+    whole, checkpoints = llama(), Checkpoints(tmp_path, every=100)
+    expected = train(whole, optimizer=optimizer)
+    with pytest.raises(Interrupted):
+        train(llama(), checkpoints, until=4, optimizer=optimizer)
+    resumed = llama(seed=1)
+    outcome = train(resumed, resume=checkpoints.newest()[0], optimizer=optimizer)
+    assert timeless(outcome) == timeless(expected)
+    assert same(weights_of(resumed), weights_of(whole))
+
+
 @pytest.mark.parametrize("until", [2, 4, 7])
 def test_the_best_weights_and_patience_are_kept(tmp_path, until):
     """What is learned is of no use on rows of another kind: their loss soon rises."""
