@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer, LlamaConfig
 
-from instil.pocket import sample_data, save_sample_tokenizer
 from instil.training.metrics import read_metrics
+
+from .small import environment, make_folder
 
 SETTINGS = {
     "init": "base",
@@ -39,13 +39,7 @@ END = 300.0  # seconds in which whatever is waited for happens, or never
 def folder(tmp_path_factory):
     """A folder with a base model's configuration and tokenizer, rows, and the settings of a run."""
     root = tmp_path_factory.mktemp("resume")
-    tokenizer = AutoTokenizer.from_pretrained(save_sample_tokenizer(root / "base"))
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    LlamaConfig(vocab_size=len(tokenizer), **sizes, **dict.fromkeys(("bos_token_id", "eos_token_id"))).save_pretrained(
-        root / "base"
-    )
-    rows = sample_data()[0].read_text(encoding="utf-8").splitlines()[:60]
-    (root / "rows.jsonl").write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+    make_folder(root, 60)
     (root / "run.yaml").write_text(json.dumps(SETTINGS))
     return root
 
@@ -57,7 +51,7 @@ def start(folder, *arguments):
         stderr=subprocess.STDOUT,
         text=True,
         cwd=folder,
-        env={**os.environ, "INSTIL_CACHE": str(folder / "cache"), "COLUMNS": "200", "OMP_NUM_THREADS": "1"},
+        env=environment(folder),
     )
 
 

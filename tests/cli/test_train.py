@@ -1,7 +1,6 @@
 """`instil train` through the real command, and what plain transformers and peft make of its output."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -11,35 +10,18 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from instil.pocket import sample_data, save_sample_tokenizer
 from instil.training import TrainConfig, train
 
+from .small import environment, make_folder, rows
+
 ROWS = 50
-
-
-def rows(count=ROWS):
-    return [json.loads(line) for line in sample_data()[0].read_text(encoding="utf-8").splitlines()[:count]]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder with a tokenizer, a small configuration, and 50 rows."""
     root = tmp_path_factory.mktemp("train")
-    tokenizer = AutoTokenizer.from_pretrained(save_sample_tokenizer(root / "base"))
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=96,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    config.save_pretrained(root / "base")
-    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()), encoding="utf-8")
+    make_folder(root, ROWS, hidden_size=96, intermediate_size=256)
     return root
 
 
@@ -49,7 +31,7 @@ def instil(folder, *arguments, code=0):
         capture_output=True,
         text=True,
         cwd=folder,
-        env={**os.environ, "INSTIL_CACHE": str(folder / "cache"), "COLUMNS": "200"},
+        env=environment(folder),
     )
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr

@@ -7,13 +7,13 @@ import sys
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from instil.errors import UsageError
-from instil.pocket import save_sample_tokenizer
 from instil.training import TrainConfig, train
 
-from .test_train import answers, instil, rows
+from .small import make_folder, rows
+from .test_train import answers, instil
 
 COUNT = 4
 EXPECTED = [row["output"] + "<|im_end|>" for row in rows(COUNT)]
@@ -29,23 +29,10 @@ def flags(options):
 def folder(tmp_path_factory):
     """A folder with a small base model, its tokenizer, and four rows."""
     root = tmp_path_factory.mktemp("qlora")
-    tokenizer = AutoTokenizer.from_pretrained(save_sample_tokenizer(root / "base"))
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=96,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        initializer_range=0.1,  # rows of the head long enough to tell tokens apart: they do not train
-    )
+    # Rows of the head long enough to tell tokens apart: they do not train.
+    config = make_folder(root, COUNT, hidden_size=96, intermediate_size=256, initializer_range=0.1)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(root / "base")
-    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(COUNT)), encoding="utf-8")
     return root
 
 
