@@ -16,7 +16,7 @@ quickstart: $(CORE) ## See Instil at work on the bundled sample data
 	$(BIN)/instil quickstart
 
 test: $(DEV) ## Run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(DEV) ## Look for mistakes and unformatted code
 	$(BIN)/python -m ruff check .

@@ -99,6 +99,21 @@ def test_two_processes_take_the_steps_of_one(folder, alone, how):
 
 
 @pytest.mark.prove
+def test_the_best_weights_of_a_sharded_run_are_whole(folder):
+    """Rows of another kind, on which the loss soon rises: the weights are not those of the last step."""
+    unlike = [{"instruction": "zq xv " * number, "output": "qz jx kv " * number} for number in range(1, 9)]
+    (folder / "unlike.jsonl").write_text("".join(json.dumps(row) + "\n" for row in unlike))
+    given = ["--eval-fraction", "0", "--eval-data", "unlike.jsonl", "--eval-every", "4", "--learning-rate", "1e-2"]
+    for name, command, how in (("best-alone", ONE, []), ("best-shards", TWO, ["--shard"])):
+        run(folder, command, "--output", name, "--max-steps", "16", *given, *how)
+    alone, shards = (folder / name for name in ("best-alone", "best-shards"))
+    steps = [json.loads((each / "instil.json").read_text())["outcome"]["best_step"] for each in (alone, shards)]
+    assert steps[0] == steps[1] is not None
+    weights, others = load_file(alone / "model.safetensors"), load_file(shards / "model.safetensors")
+    assert max(float((weights[name] - others[name]).abs().max()) for name in weights) < 1e-4
+
+
+@pytest.mark.prove
 def test_a_run_goes_on_with_another_number_of_processes(folder, alone):
     run(folder, TWO, "--output", "sharded", "--shard")
     record = json.loads((folder / "sharded" / "instil.json").read_text())

@@ -269,7 +269,7 @@ def test_flags_that_are_missing_or_mistyped(instil, tokenizer, rows):
 
 CONFIGURATIONS = {
     "1: 2\n": "1 is no name of a setting",
-    "on: x\n": "YAML reads on, off",
+    "on: x\n": "on: there is no such setting",
     "row: 1\nrow: 2\n": "'row' stands there twice, again in line 2",
     "max-length: 9\nmax_length: 8\n": "written twice",
     "inspect:\n  row: 1\n": "inspect: there is no such setting",

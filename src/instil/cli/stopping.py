@@ -59,5 +59,5 @@ class Stopping:
             signal.raise_signal(number)
             return
         self._number, self._at = number, now
-        with contextlib.suppress(OSError):
-            sys.stderr.write("instil: the step is finished and saved, then the run ends; once more ends it at once\n")
+        with contextlib.suppress(OSError, RuntimeError):  # the latter where it is written to just now
+            sys.stderr.write("instil: finishing the step and saving; once more ends it at once\n")

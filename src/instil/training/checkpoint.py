@@ -47,7 +47,6 @@ class Checkpoint:
         folder: Where it stands.
         step: The last step that it holds.
         made_of: What the run was made of, by name: settings and hashes.
-        processes: How many trained.
         steps: Every step so far.
         evaluations: Every evaluation so far.
         passed: What is wrong with newer ones.
@@ -56,7 +55,6 @@ class Checkpoint:
     folder: Path
     step: int
     made_of: Mapping[str, Any]
-    processes: int
     steps: list[Step]
     evaluations: list[Evaluation]
     passed: Sequence[str] = ()
@@ -66,7 +64,7 @@ class Checkpoint:
         """Read all but the tensors of a checkpoint that is whole."""
         state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
         steps, evaluations = read_metrics(folder / METRICS)
-        return cls(folder, state["step"], state["made_of"], state["processes"], steps, evaluations, passed)
+        return cls(folder, state["step"], state["made_of"], steps, evaluations, passed)
 
     def kinds(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
         """The type and the whole shape of each tensor."""
@@ -148,15 +146,17 @@ class Checkpoints:
                 for left in self.folder.glob(f"{_DRAFT}*"):  # of a run that was killed
                     shutil.rmtree(left)
                 draft.mkdir(parents=True)
+                sync_one(self.folder.parent)
             self.processes.wait()
             self._write(tensors, draft)
             self.processes.wait()
             if self.processes.first:
                 write_metrics(draft / METRICS, steps, evaluations)
-                state = {"format": 1, "step": step, "processes": self.processes.size, "made_of": self.made_of}
+                state = {"format": 1, "step": step, "made_of": self.made_of}
                 write_json(draft / _STATE, state)
                 seal(draft)
                 self._put(draft, final)
+            self.processes.wait()  # until it is there: who ends now, ends all
         return final
 
     def _write(self, tensors: Mapping[str, Tensor], draft: Path) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -34,11 +34,13 @@ class Processes:
         rank: The number of this one, from 0.
         size: How many there are.
         local_rank: The number of this one on its machine.
+        joined: Whether it joined the others itself, and so takes leave of them.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    joined: bool = False
 
     @classmethod
     def join(cls) -> Processes:
@@ -49,17 +51,23 @@ class Processes:
         """
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             return cls()
-        found = cls(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0")))
-        if torch.cuda.is_available():
-            torch.cuda.set_device(found.local_rank)
-        if not dist.is_initialized():
-            with found.together():
+        rank, size, local = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        try:
+            if torch.cuda.is_available():
+                torch.cuda.set_device(local)
+            joined = not dist.is_initialized()
+            if joined:
                 dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
-        return found
+        except (RuntimeError, ValueError) as error:  # no such GPU, nobody there
+            raise TrainingError(
+                f"process {rank} of {size} cannot join the others: {str(error).strip().splitlines()[0]}",
+                "Start one for each GPU, with torchrun.",
+            ) from error
+        return cls(rank, size, local, joined)
 
     def leave(self) -> None:
-        """Take leave of the others."""
-        if self.size > 1 and dist.is_initialized():
+        """Take leave of the others; all do, once all is well."""
+        if self.joined:
             dist.destroy_process_group()
 
     @property
@@ -171,8 +179,15 @@ def shard(model: nn.Module, layers: Sequence[nn.Module], methods: Sequence[str])
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # Gloo knows no other
+            module.set_reduce_scatter_unused_params(True)  # an expert that no row of one process met
     for method in methods:
         register_fsdp_forward_method(model, method)
+
+
+def reshard(model: nn.Module) -> None:
+    """Give up what was put together to evaluate, or parameters would be taken from there when they have changed."""
+    if hasattr(model, "reshard"):  # it is sharded
+        cast(Any, model).reshard()
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from instil.packing import PackedBatch, TokenTree, pack
 from instil.packing.packs import Sharing
 from instil.packing.tree import Ints
 from instil.training.checkpoint import Checkpoint, Checkpoints
-from instil.training.distributed import Processes, shard, whole
+from instil.training.distributed import Processes, reshard, shard, whole
 from instil.training.events import Evaluation, Outcome, Resolved, Step, Watcher
 from instil.training.memory import keep_freed_blocks
 from instil.training.optimizer import begun_state, learning_rate, make_optimizers, state_tensors, take_step
@@ -75,7 +75,7 @@ def fit(
     steps = Steps.of(
         trees, options.tokens_per_step, tokens_per_batch, share_prefixes, seed, rows, processes=processes.size
     )
-    resolved = resolve(model, steps, options, resume, held_out=bool(len(held_out)))
+    resolved = resolve(model, steps, options, resume, held_out=bool(len(held_out)), processes=processes)
     _prepare(model, resolved)
     if options.shard and processes.size > 1:
         shard(model, _layers(model), ["losses"])
@@ -191,7 +191,8 @@ class _Run:
         losses = [self._backward(number, batch, weight) for batch in mine]
         processes.sum_gradients(self.parameters)
         limit = self.options.max_grad_norm
-        norm = float(whole(nn.utils.clip_grad_norm_(self.parameters, math.inf if limit is None else limit)))
+        with processes.together():
+            norm = float(whole(nn.utils.clip_grad_norm_(self.parameters, math.inf if limit is None else limit)))
         counted = [batch for batch in mine if batch.target_weights.any()]
         loss, tokens, trained = processes.total(
             sum(losses),
@@ -206,7 +207,8 @@ class _Run:
             self.options.schedule,
         )
         if math.isfinite(loss) and math.isfinite(norm):
-            take_step(self.optimizers, rate)
+            with _memory_explained(number):
+                take_step(self.optimizers, rate)
         else:
             broken = [batch for batch, found in zip(mine, losses, strict=True) if not math.isfinite(found)]
             self._skip(number, loss, norm, broken or mine)
@@ -223,7 +225,8 @@ class _Run:
         Raises:
             TrainingError: There are such.
         """
-        broken = [name for name, each in self.named.items() if not whole(torch.isfinite(each).all())]
+        with self.processes.together():
+            broken = [name for name, each in self.named.items() if not whole(torch.isfinite(each).all())]
         if broken:
             raise TrainingError(
                 f"after step {len(self.history)} {len(broken):,} of {len(self.named):,} trained weights are "
@@ -257,8 +260,8 @@ class _Run:
 
 
 @contextmanager
-def _memory_explained(number: int, batch: PackedBatch) -> Iterator[None]:
-    """Say what batch took more memory than there was.
+def _memory_explained(number: int, batch: PackedBatch | None = None) -> Iterator[None]:
+    """Say what batch took more memory than there was; without one the optimizer did.
 
     Raises:
         TrainingError: Memory ran out.
@@ -269,6 +272,11 @@ def _memory_explained(number: int, batch: PackedBatch) -> Iterator[None]:
         words = str(error)
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in words:
             raise
+        if batch is None:
+            raise TrainingError(
+                f"step {number}: memory ran out when the optimizer took the step",
+                "Lower --tokens-per-batch, choose --optimizer adafactor, or train an adapter (--adapter lora).",
+            ) from error
         raise TrainingError(
             f"step {number}: memory ran out on a batch of {batch.size:,} tokens ({batch.exchanges:,} exchanges, the "
             f"longest of {batch.longest:,} tokens, {len(batch.target_ids):,} targets)",
@@ -301,7 +309,8 @@ class _Evaluations:
     @property
     def stopped(self) -> bool:
         """Whether patience has run out."""
-        worse = len(self.found) - 1 - self.found.index(self.best) if self.best else len(self.found)
+        last = self.found.index(self.best) if self.best else -1
+        worse = sum(each.step > 0 for each in self.found[last + 1 :])
         return self.patience is not None and worse >= self.patience
 
     def are_due(self, step: int) -> bool:
@@ -316,10 +325,19 @@ class _Evaluations:
         found = Evaluation(step, mean, best, time.perf_counter() - run.began)
         self.found.append(found)
         if best:
-            self.kept = {name: each.detach().clone() for name, each in run.named.items()}
+            self._keep()
         for watcher in run.watchers:
             watcher.evaluated(found)
         return self.stopped
+
+    def _keep(self) -> None:
+        """Keep the weights as they are now."""
+        with torch.no_grad():
+            for name, each in self.whole_run.named.items():
+                if name in self.kept:
+                    self.kept[name].copy_(each)
+                else:
+                    self.kept[name] = each.detach().clone()
 
     def state(self) -> dict[str, Tensor]:
         """The best weights by name, where they are not those of the last step."""
@@ -331,7 +349,7 @@ class _Evaluations:
         """Go on from a checkpoint."""
         self.found = checkpoint.evaluations
         if self.best is not None:
-            self.kept = {name: each.detach().clone() for name, each in self.whole_run.named.items()}
+            self._keep()
             if self.best.step != checkpoint.step:
                 checkpoint.load({f"{_BEST}{name}": each for name, each in self.kept.items()}, self.whole_run.processes)
 
@@ -359,6 +377,7 @@ def evaluate(model: TreeModel, batches: Sequence[PackedBatch], processes: Proces
     mine = processes.share(batches)
     with processes.together():
         loss = sum(float(supervised.loss(model, batch)) for batch in mine)
+    reshard(model)
     loss, weight = processes.total(loss, sum(map(supervised.weight, mine)))
     if not weight:
         raise TrainingError("no token of the held-out rows has a weight", "Give rows with an answer that is trained.")

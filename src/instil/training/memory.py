@@ -7,6 +7,7 @@ else is counted.
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
@@ -175,7 +176,7 @@ def estimate(
     process, available = _held(model, weights)
     return Memory(
         process=process,
-        weights=weights // shards,
+        weights=weights,  # loaded whole, then split
         copies=int(kept.copies),
         optimizer=state_bytes(optimizer, model.model) // shards,
         best=trained // shards if held_out else 0,
@@ -242,7 +243,7 @@ def _available(device: torch.device) -> int:
     import psutil
 
     free: Any = psutil.virtual_memory().available
-    return int(free)
+    return int(free) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes that torchrun started here
 
 
 def keep_freed_blocks() -> None:

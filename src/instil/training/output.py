@@ -39,6 +39,7 @@ if TYPE_CHECKING:  # it loads torch
 
 ADAPTER_CONFIG = "adapter_config.json"
 
+_PROBE_FOLDER = ".instil-"
 _FRESH = "Name a new folder, as in --output tuned."
 _NO_CURVE = "the model card has no loss curve: matplotlib is not installed (pip install matplotlib)"
 _PACKAGES = ("instil", "torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors", "numpy")
@@ -72,7 +73,8 @@ def check_output(folder: str | Path, *, resume: bool = False) -> None:
             raise UsageError(
                 f"--output {folder}: a run is there that has not finished", f"Go on with --resume. {_FRESH}"
             )
-        held = sorted(child.name for child in _children(target, folder))
+        names = (child.name for child in _children(target, folder))
+        held = sorted(name for name in names if not name.startswith(_PROBE_FOLDER))
         if held and (state is None or not resume):
             raise UsageError(f"--output {folder}: the folder holds something ({', '.join(held[:5])})", _FRESH)
         parent = target
@@ -81,7 +83,7 @@ def check_output(folder: str | Path, *, resume: bool = False) -> None:
     if not parent.is_dir():
         raise UsageError(f"--output {folder}: {parent} is no folder", _FRESH)
     try:
-        os.rmdir(tempfile.mkdtemp(prefix=".instil-", dir=parent))
+        os.rmdir(tempfile.mkdtemp(prefix=_PROBE_FOLDER, dir=parent))
     except OSError as error:
         raise _unwritable(folder, error) from error
 
@@ -92,7 +94,7 @@ def run_state(folder: Path) -> str | None:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         return str(record.get("state", "finished"))
     except (OSError, ValueError, AttributeError):
-        return None
+        return "interrupted" if any(folder.glob("checkpoints/step-*")) else None
 
 
 def describe_data(records: Records) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from instil.model.quantize import describe
 from instil.packing import StoredTrees, TokenTree
 from instil.packing.tree import Ints
 from instil.training.checkpoint import Checkpoint
+from instil.training.distributed import Processes
 from instil.training.events import Resolved
 from instil.training.memory import Kept, Load, Memory, estimate
 from instil.training.options import TrainOptions
@@ -81,7 +82,13 @@ def naming(trees: Sequence[TokenTree]) -> Callable[[int], str]:
 
 
 def resolve(
-    model: TreeModel, steps: Steps, options: TrainOptions, resume: Checkpoint | None = None, *, held_out: bool = False
+    model: TreeModel,
+    steps: Steps,
+    options: TrainOptions,
+    resume: Checkpoint | None = None,
+    *,
+    held_out: bool = False,
+    processes: Processes | None = None,
 ) -> Resolved:
     """Settle what is left to the counts.
 
@@ -91,6 +98,7 @@ def resolve(
         options: How it is trained.
         resume: What the run goes on from.
         held_out: Whether rows are held out, so that the best weights are kept.
+        processes: Those that train together, which agree on what fits.
 
     Raises:
         TrainingError: The run does not fit into memory.
@@ -98,7 +106,7 @@ def resolve(
     count = options.max_steps or max(1, round(options.epochs * steps.per_epoch))
     lora = hasattr(model.model, "peft_config")
     trained, parameters = trained_parameters(model.model)
-    checkpointing, memory = _memory(model, steps, options, held_out)
+    checkpointing, memory = _memory(model, steps, options, held_out, processes or Processes())
     work = 6 * parameters * count * min(steps.tokens_per_step, steps.tokens)  # multiplications and additions, roughly
     settings = {
         "optimizer": options.optimizer,
@@ -130,7 +138,9 @@ def resolve(
     return Resolved(count, count / steps.per_epoch, steps.tokens_per_step, settings)
 
 
-def _memory(model: TreeModel, steps: Steps, options: TrainOptions, held_out: bool) -> tuple[bool, Memory]:
+def _memory(
+    model: TreeModel, steps: Steps, options: TrainOptions, held_out: bool, processes: Processes
+) -> tuple[bool, Memory]:
     """Whether activations are computed again, and the memory that takes."""
     load, kept, chosen = Load.of(steps), Kept.by(model), options.activation_checkpointing
 
@@ -140,17 +150,20 @@ def _memory(model: TreeModel, steps: Steps, options: TrainOptions, held_out: boo
             model, options.optimizer, load, kept, checkpointing=checkpointing, held_out=held_out, shards=shards
         )
 
+    def fits(memory: Memory) -> bool:
+        return not processes.total(memory.needed > memory.available)[0]
+
     memory = take(load, chosen == "on")
-    if memory.needed <= memory.available:
+    if fits(memory):
         return chosen == "on", memory
     with_checkpointing = take(load, True)
-    if chosen == "auto" and with_checkpointing.needed <= memory.available:
+    if chosen == "auto" and fits(with_checkpointing):
         return True, with_checkpointing
     lower = steps.tokens_per_batch
-    while lower > 256 and take(load.within(lower), True).needed > memory.available:
+    while lower > 256 and not fits(take(load.within(lower), True)):
         lower //= 2
-    fits = take(load.within(lower), True).needed <= memory.available
+    enough = fits(take(load.within(lower), True))
     remedy = (
-        f"--tokens-per-batch {lower} --activation-checkpointing on" if fits else "--adapter lora, or a smaller model"
+        f"--tokens-per-batch {lower} --activation-checkpointing on" if enough else "--adapter lora, or a smaller model"
     )
     raise TrainingError(f"the run does not fit into memory: {memory}", f"It would fit with {remedy}.")

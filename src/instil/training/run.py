@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from instil.errors import TokenizerError, TrainingError, UsageError
+from instil.errors import Interrupted, TokenizerError, TrainingError, UsageError
 from instil.model.adapter import add_lora
 from instil.model.forward import TreeModel
 from instil.model.load import base_of, check_vocabulary, checkpoint_dtype, load_model
@@ -56,9 +56,12 @@ def train(config: TrainConfig, watchers: Sequence[Watcher] = (), *, stopping: Ca
     check_installed(config.optimizer)
     processes = Processes.join()
     try:
-        return _train(config, config.output, watchers, stopping, processes)
-    finally:
+        outcome = _train(config, config.output, watchers, stopping, processes)
+    except Interrupted:
         processes.leave()
+        raise
+    processes.leave()  # not upon an error, which others know nothing of: NCCL would wait for them
+    return outcome
 
 
 def _train(
@@ -203,7 +206,7 @@ def _frozen(model: torch.nn.Module) -> str:
 
 def _put_together(reader: TreeModel, config: TrainConfig, renderer: Renderer, processes: Processes) -> torch.nn.Module:
     """The tuned model as one process holds it: made anew, with what was trained; in the others what they hold."""
-    model = _model(config, renderer)[0] if processes.first else reader.model
+    model = _model(config, renderer, torch.device("cpu"))[0] if processes.first else reader.model
     places = dict(model.named_parameters())
     with torch.no_grad(), processes.together():
         for name, each in reader.model.named_parameters():
@@ -232,8 +235,10 @@ def resolve(config: TrainConfig) -> Resolved:
     return replace(resolved, settings={**data.about, **resolved.settings})
 
 
-def _model(config: TrainConfig, renderer: Renderer) -> tuple[torch.nn.Module, Growth]:
-    """The model on its device, with the new tokens and the adapter."""
+def _model(
+    config: TrainConfig, renderer: Renderer, device: torch.device | None = None
+) -> tuple[torch.nn.Module, Growth]:
+    """The model on its device, the GPU if there is one, with the new tokens and the adapter."""
     lora = config.adapter == "lora"
     model = _load(config, frozen=lora or config.quantize != "none")
     check_vocabulary(model, renderer.tokenizer)
@@ -242,7 +247,14 @@ def _model(config: TrainConfig, renderer: Renderer) -> tuple[torch.nn.Module, Gr
     growth = reserve_tokens(model, renderer.tokenizer, known.special_tokens if known else {})
     if lora:
         model = add_lora(model, config, growth.ids)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), growth
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return model.to(device), growth
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"the model does not fit on the GPU: {str(error).splitlines()[0]}",
+            "Train an adapter (--adapter lora, with --quantize nf4 for less), or a smaller model.",
+        ) from error
 
 
 def _check_tokenizer(config: TrainConfig, tokenizer: Tokenizer) -> None:

@@ -71,7 +71,8 @@ class RunFolder:
                     self._write("interrupted" if stopped else "failed", reason)
                 self._lines.close()
         elif self._made:
-            self.folder.rmdir()  # nothing has begun
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()  # nothing has begun
         if self._lock is not None:
             os.close(self._lock)
 
@@ -81,12 +82,12 @@ class RunFolder:
 
     def started(self, resolved: Resolved) -> None:
         """Write down what the run is made of."""
+        self.record["resolved"] = resolved.to_json()
+        self._write("running", None)
         (self.folder / SETTINGS).write_text(self._config.to_yaml(), encoding="utf-8")
         steps, evaluations = (self._resume.steps, self._resume.evaluations) if self._resume else ((), ())
         write_metrics(self.folder / METRICS, steps, evaluations)
         self._lines = (self.folder / METRICS).open("a", encoding="utf-8", newline="\n")
-        self.record["resolved"] = resolved.to_json()
-        self._write("running", None)
 
     def stepped(self, step: Step) -> None:
         """Append a line."""
