@@ -257,7 +257,7 @@ class Autocast:
     ("kind", "seeds"),
     [
         ("llama", 3),
-        *(pytest.param(kind, 6, marks=pytest.mark.prove) for kind in ("gemma2", "gpt2", "mistral", "qwen3")),
+        *(pytest.param(kind, 12, marks=pytest.mark.prove) for kind in ("gemma2", "gpt2", "mistral", "qwen3")),
     ],
 )
 def test_the_gradient_of_72_branches_in_bf16_is_as_near_the_truth_as_that_of_72_sequences(kind, seeds):
@@ -274,7 +274,7 @@ def test_the_gradient_of_72_branches_in_bf16_is_as_near_the_truth_as_that_of_72_
         errors.append([relative_error(together, truth), relative_error(apart, truth)])
     tree, limit = np.sqrt(np.mean(np.square(errors), 0))
     assert 1e-3 < limit < 5e-2
-    assert tree <= 1.15 * limit
+    assert tree <= 1.1 * limit
 
 
 def branches_of_one_prompt(count, seed):
