@@ -231,6 +231,7 @@ def small_disk(folder, size):
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.prove
 def test_a_full_disk_is_said_and_the_older_checkpoint_goes_on(folder, whole):
     with small_disk(folder / "disk", "64m"):
         output = folder / "disk" / "run"
