@@ -517,18 +517,21 @@ class Limit:
     def stepped(self, step): pass
     def evaluated(self, evaluation): pass
 
+trees = [TokenTree.from_exchanges([row])]
+held_out = trees if sys.argv[1] == "held-out rows" else ()
 try:
-    fit(model, [TokenTree.from_exchanges([row])], TrainOptions(max_steps=1), tokens_per_batch=8192, watchers=[Limit()])
+    fit(model, trees, TrainOptions(max_steps=1), held_out=held_out, tokens_per_batch=8192, watchers=[Limit()])
 except TrainingError as error:
     print(error)
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of memory are Linux's")
-def test_memory_that_runs_out_names_the_batch_and_what_to_lower():
-    done = subprocess.run([sys.executable, "-c", _SHORT_OF_MEMORY], capture_output=True, text=True)
+@pytest.mark.parametrize("place", ["step 1", "held-out rows"])
+def test_memory_that_runs_out_names_the_batch_and_what_to_lower(place):
+    done = subprocess.run([sys.executable, "-c", _SHORT_OF_MEMORY, place], capture_output=True, text=True)
     assert re.match(
-        r"step 1: memory ran out on a batch of 6,009 tokens \(1 exchanges, the longest of 6,009 tokens, 6,000 targets"
+        rf"{place}: memory ran out on a batch of 6,009 tokens \(1 exchanges, the longest of 6,009 tokens, 6,000 targets"
         r"\)\n"
         r"  Lower --tokens-per-batch, .* or turn on --activation-checkpointing on\.",
         done.stdout,

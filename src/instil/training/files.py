@@ -89,7 +89,6 @@ def seal(folder: Path) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     held = {path.relative_to(folder).as_posix(): [path.stat().st_size, sha256(path)] for path in files}
     write_json(folder / MANIFEST, held)
-    sync_one(folder / MANIFEST)
     sync_one(folder)
 
 

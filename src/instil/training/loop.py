@@ -207,7 +207,7 @@ class _Run:
             self.options.schedule,
         )
         if math.isfinite(loss) and math.isfinite(norm):
-            with _memory_explained(number):
+            with _memory_explained(f"step {number}"):
                 take_step(self.optimizers, rate)
         else:
             broken = [batch for batch, found in zip(mine, losses, strict=True) if not math.isfinite(found)]
@@ -236,7 +236,7 @@ class _Run:
 
     def _backward(self, number: int, batch: PackedBatch, weight: float) -> float:
         """Add a micro-batch's part to the gradients; its part of the loss."""
-        with self.processes.together(), _memory_explained(number, batch):
+        with self.processes.together(), _memory_explained(f"step {number}", batch):
             loss = supervised.loss(self.model, batch) / weight
             loss.backward()  # type: ignore[no-untyped-call]
             return float(loss.detach())
@@ -260,7 +260,7 @@ class _Run:
 
 
 @contextmanager
-def _memory_explained(number: int, batch: PackedBatch | None = None) -> Iterator[None]:
+def _memory_explained(place: str, batch: PackedBatch | None = None) -> Iterator[None]:
     """Say what batch took more memory than there was; without one the optimizer did.
 
     Raises:
@@ -274,11 +274,11 @@ def _memory_explained(number: int, batch: PackedBatch | None = None) -> Iterator
             raise
         if batch is None:
             raise TrainingError(
-                f"step {number}: memory ran out when the optimizer took the step",
+                f"{place}: memory ran out when the optimizer took the step",
                 "Lower --tokens-per-batch, choose --optimizer adafactor, or train an adapter (--adapter lora).",
             ) from error
         raise TrainingError(
-            f"step {number}: memory ran out on a batch of {batch.size:,} tokens ({batch.exchanges:,} exchanges, the "
+            f"{place}: memory ran out on a batch of {batch.size:,} tokens ({batch.exchanges:,} exchanges, the "
             f"longest of {batch.longest:,} tokens, {len(batch.target_ids):,} targets)",
             f"Lower --tokens-per-batch, to {max(batch.longest, batch.size // 2):,} or less, or turn on "
             "--activation-checkpointing on.",
@@ -375,8 +375,10 @@ def evaluate(model: TreeModel, batches: Sequence[PackedBatch], processes: Proces
     processes = processes or Processes()
     model.model.eval()
     mine = processes.share(batches)
-    with processes.together():
-        loss = sum(float(supervised.loss(model, batch)) for batch in mine)
+    loss = 0.0
+    for batch in mine:
+        with processes.together(), _memory_explained("held-out rows", batch):
+            loss += float(supervised.loss(model, batch))
     reshard(model)
     loss, weight = processes.total(loss, sum(map(supervised.weight, mine)))
     if not weight:
