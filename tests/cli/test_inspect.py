@@ -227,7 +227,7 @@ MISTAKES = {
     "rejects of some rows": (["--on-bad-row", "skip", "--rejects", "bad.jsonl"], "--rejects needs all rows"),
     "no configuration": (["--config", "none.yaml"], "none.yaml: no such file"),
     "configuration of what": (["--config"], "names no file"),
-    "a word too many": (["words"], "words"),
+    "a word too many": (["words"], "words: belongs to no flag\n  See what there is with --help."),
     "template argument": (["--template", "fim", "--template-args", "order=abc"], "it may be psm or spm"),
 }
 

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from cyclopts import App, Parameter
 from cyclopts.config import Dict
-from cyclopts.exceptions import CycloptsError
+from cyclopts.exceptions import CycloptsError, UnusedCliTokensError
 from pydantic import ValidationError
 
 from instil import __version__
@@ -176,6 +176,8 @@ def _check_flags(tokens: Sequence[str]) -> list[str]:
 def _explained(error: CycloptsError) -> str:
     """The error as one line for each thing that is wrong, with the flag and the value."""
     invalid: Any = error.__cause__
+    if isinstance(error, UnusedCliTokensError):
+        return f"{' '.join(error.unused_tokens or ())}: belongs to no flag\n  See what there is with --help."
     if not isinstance(invalid, ValidationError):
         return str(error)
     return "\n".join(_reason(each) for each in invalid.errors())
