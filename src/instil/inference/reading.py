@@ -170,17 +170,18 @@ def forest(prompts: Sequence[Sequence[int]], shared: int) -> tuple[TokenTree, li
 def reading_alone(model: nn.Module) -> OneReader:
     """Reads one answer at a time; from a cache, if the model is seen to go on from it as if it had read all again."""
     ids = [1, 2, 3, 5, 4, 2]
+    plain, reader = OneReader(model, cached=False), OneReader(model, cached=True)
+    if "past_key_values" not in _arguments(model):
+        return plain
     with torch.inference_mode(), quiet():
-        whole = OneReader(model, cached=False).join([ids])
+        whole = plain.join([ids])
         try:
-            reader = OneReader(model, cached="past_key_values" in _arguments(model))
             reader.join([ids[:3]])
             found = [reader.step([each]) for each in ids[3:]][-1]
         except Exception:  # caches are of many kinds
-            return OneReader(model, cached=False)
+            return plain
         wide = max(TOLERANCE, 64 * torch.finfo(whole.dtype).eps)
-        same = float((found - whole).norm()) <= wide * float(whole.norm())
-    return OneReader(model, cached=same)
+        return reader if float((found - whole).norm()) <= wide * float(whole.norm()) else plain
 
 
 def refusal(model: nn.Module) -> str:
