@@ -35,6 +35,7 @@ app = App(
 _COMMANDS = {
     "inspect": "Show the tokens of rows with what is trained marked, or count over the whole data set.",
     "train": "Tune a model on data.",
+    "complete": "Go on with a text as a model would, with no chat template.",
     "runs": "List the runs below a folder, or show one: its state, its loss, its settings.",
     "templates": "List the built-in chat templates, or show one rendered.",
     "quickstart": "Show what would be trained on the bundled sample data.",
@@ -42,10 +43,13 @@ _COMMANDS = {
 for _name, _help in _COMMANDS.items():  # said here, so that `instil --help` need not load the commands
     app.command(f"instil.cli.{_name}:{_name}", name=_name, help=_help)
 
-REMEDIES = {"data": "Name a file, a folder, a glob, - for standard input, or hf://owner/name."}
+REMEDIES = {
+    "data": "Name a file, a folder, a glob, - for standard input, or hf://owner/name.",
+    "model": "Name the folder of a model, or one on the hub.",
+}
 """What to do where a setting that must be given is missing."""
 
-_TAKE_DATA = ("--data", "--eval-data")
+_TAKE_DATA = ("--data", "--eval-data", "--prompts")
 
 
 class _Ended(KeyboardInterrupt):
