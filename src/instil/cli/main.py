@@ -38,7 +38,8 @@ _COMMANDS = {
     "complete": "Go on with a text as a model would, with no chat template.",
     "runs": "List the runs below a folder, or show one: its state, its loss, its settings.",
     "templates": "List the built-in chat templates, or show one rendered.",
-    "quickstart": "Show what would be trained on the bundled sample data.",
+    "quickstart": "Tune the bundled base model on the bundled data, and see what that taught it.",
+    "pocket": "Make the bundled base model anew, from nothing.",
 }
 for _name, _help in _COMMANDS.items():  # said here, so that `instil --help` need not load the commands
     app.command(f"instil.cli.{_name}:{_name}", name=_name, help=_help)

@@ -19,6 +19,11 @@ def model_folder() -> Path:
     return Path(__file__).parent / "model"
 
 
+def data_folder() -> Path:
+    """The bundled instruction data: `train.jsonl`, and what is held out of it, `held_out_*.jsonl`."""
+    return _DATA
+
+
 def sample_data() -> list[Path]:
     """The bundled files: instructions in Alpaca's columns, and conversations with systems, tools and reasoning."""
     return [_DATA / "sample.jsonl", _DATA / "conversations.jsonl"]

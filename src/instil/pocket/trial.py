@@ -11,6 +11,7 @@ from typing import Any
 from instil.conversation import Conversation, Message
 from instil.evaluation.statistics import Share
 from instil.inference import Answer, Engine, Loaded, SamplingOptions, load_engine
+from instil.inference.session import Chat
 from instil.model.load import load_model
 from instil.model.options import ModelOptions
 from instil.model.tokens import reserve_tokens
@@ -113,7 +114,8 @@ def answers(loaded: Loaded, rows: Sequence[Row], told: Callable[[int], object] |
         rows: Rows of `messages`.
         told: Is given the number of each row that is done.
     """
-    prompts = [loaded.encode_prompt(_conversation(row["messages"][:-1])) for row in rows]
+    chat = Chat(loaded)
+    prompts = [chat.prompt(_conversation(row["messages"][:-1]), _GREEDY).ids for row in rows]
     return [several[0] for several in loaded.engine.generate(prompts, _GREEDY, on_done=told)]
 
 
@@ -124,9 +126,7 @@ def examine(loaded: Loaded, told: Callable[[int], object] | None = None) -> Tria
     items = tuple(_item(name, row, answer) for (name, row), answer in zip(rows, given, strict=True))
     facts = list(plain_facts(held_out=True))
     went_on = loaded.engine.generate([loaded.encode(start) for _, start, _ in facts], _PLAIN)
-    plain = tuple(
-        answer.text.startswith(rest) for (_, _, rest), (answer,) in zip(facts, went_on, strict=True)
-    )
+    plain = tuple(answer.text.startswith(rest) for (_, _, rest), (answer,) in zip(facts, went_on, strict=True))
     return Trial(items, plain)
 
 

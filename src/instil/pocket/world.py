@@ -14,11 +14,29 @@ from functools import cache
 from pathlib import Path
 
 _FACTS = Path(__file__).parent / "facts"
-_ONES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen"
-).split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_ONES = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+]
+_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 
 HELD_OUT_FAMILIES = ("language", "atomic_number", "third_person")
 
@@ -114,7 +132,8 @@ def _things() -> tuple[Fact, ...]:
 def _animals(column: str) -> tuple[Fact, ...]:
     rows = table("animals")
     return tuple(
-        _fact(row["animal"], with_article(row[column]), ax=with_article(row["animal"]), name=row[column]) for row in rows
+        _fact(row["animal"], with_article(row[column]), ax=with_article(row["animal"]), name=row[column])
+        for row in rows
     )
 
 
@@ -126,7 +145,9 @@ def _french_words() -> tuple[Fact, ...]:
     nouns = [(row["english"], row["french"]) for row in table("french_nouns")]
     adjectives = [(row["english"], row["masculine"]) for row in table("french_adjectives")]
     others = [(row["english"], row["french"]) for row in table("french_other")]
-    return tuple(_fact(english, french) for english, french in {**dict(others), **dict(adjectives), **dict(nouns)}.items())
+    return tuple(
+        _fact(english, french) for english, french in {**dict(others), **dict(adjectives), **dict(nouns)}.items()
+    )
 
 
 def _french_sentences() -> tuple[Fact, ...]:
@@ -151,9 +172,7 @@ def _functions() -> tuple[Fact, ...]:
     """Python functions: the line that opens each, and its body."""
     verbs = {"add": "+", "subtract": "-", "multiply_by": "*", "divide_by": "/"}
     written = {
-        f"def {verb}_{spelled(n)}(x):": f"    return x {sign} {n}"
-        for verb, sign in verbs.items()
-        for n in range(2, 13)
+        f"def {verb}_{spelled(n)}(x):": f"    return x {sign} {n}" for verb, sign in verbs.items() for n in range(2, 13)
     }
     written |= {
         "def first(items):": "    return items[0]",
@@ -306,7 +325,11 @@ def _about_nature() -> tuple[Relation, ...]:
             _facts("elements", "name", "number"),
             "The atomic number of {x} is {y}.",
             ("{X} has the atomic number {y}.", "Element {y} is {x}.", "Atomic number of {x}: {y}."),
-            ("What is the atomic number of {x}?", "Which atomic number does {x} have?", "Name the atomic number of {x}."),
+            (
+                "What is the atomic number of {x}?",
+                "Which atomic number does {x} have?",
+                "Name the atomic number of {x}.",
+            ),
         ),
         Relation(
             "young",
@@ -365,7 +388,12 @@ def _about_words() -> tuple[Relation, ...]:
             "plural",
             _facts("plurals", "singular", "plural"),
             "The plural of {x} is {y}.",
-            ("One {x}, two {y}.", "The word {x} has the plural {y}.", "{Y} is the plural of {x}.", "Plural of {x}: {y}."),
+            (
+                "One {x}, two {y}.",
+                "The word {x} has the plural {y}.",
+                "{Y} is the plural of {x}.",
+                "Plural of {x}: {y}.",
+            ),
             (
                 "What is the plural of {x}?",
                 "Which word is the plural of {x}?",
@@ -382,7 +410,12 @@ def _about_words() -> tuple[Relation, ...]:
             "opposite",
             _opposites(),
             "The opposite of {x} is {y}.",
-            ("{X} is the opposite of {y}.", "Not {x} but {y}.", "The word {x} has the opposite {y}.", "Opposite of {x}: {y}."),
+            (
+                "{X} is the opposite of {y}.",
+                "Not {x} but {y}.",
+                "The word {x} has the opposite {y}.",
+                "Opposite of {x}: {y}.",
+            ),
             (
                 "What is the opposite of {x}?",
                 "Which word is the opposite of {x}?",
@@ -442,7 +475,12 @@ def _about_french() -> tuple[Relation, ...]:
             "french_word",
             _french_words(),
             "The French word for {x} is {y}.",
-            ("In French, {x} is {y}.", "{Y} is French for {x}.", "The English word for {y} is {x}.", "{x} in French: {y}."),
+            (
+                "In French, {x} is {y}.",
+                "{Y} is French for {x}.",
+                "The English word for {y} is {x}.",
+                "{x} in French: {y}.",
+            ),
             (
                 "What is the French word for {x}?",
                 "Translate {x} into French.",

@@ -138,7 +138,9 @@ def builtin_templates() -> dict[str, Builtin]:
 
 def no_template(tokenizer: Tokenizer) -> ChatTemplate:
     """What stands where only plain text is trained: it refuses every conversation."""
-    reason = f"there is no chat template: choose one with --template: {', '.join(builtin_templates())}, or a .jinja file"
+    reason = (
+        f"there is no chat template: choose one with --template: {', '.join(builtin_templates())}, or a .jinja file"
+    )
     return ChatTemplate("none", "{{ raise_exception('" + reason + "') }}", tokenizer.special_tokens)
 
 
