@@ -35,6 +35,7 @@ app = App(
 _COMMANDS = {
     "inspect": "Show the tokens of rows with what is trained marked, or count over the whole data set.",
     "train": "Tune a model on data.",
+    "score": "Show how probable each token of rows is to a model, and its rank, or the likelihood of all rows.",
     "runs": "List the runs below a folder, or show one: its state, its loss, its settings.",
     "templates": "List the built-in chat templates, or show one rendered.",
     "quickstart": "Show what would be trained on the bundled sample data.",

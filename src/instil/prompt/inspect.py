@@ -117,9 +117,9 @@ def to_text(row: EncodedRecord, texts: TokenText, control: frozenset[int]) -> Te
         + "\n"
     )
     for number, exchange in enumerate(row.exchanges, 1):
-        out.append(_heading(exchange, number, len(row.exchanges)) + "\n", "dim")
+        out.append(heading(exchange, number, len(row.exchanges)) + "\n", "dim")
         trained = 0.0
-        for part, ids, weights in _parts(exchange):
+        for part, ids, weights in parts(exchange):
             for shown in texts.show(ids, weights, control=control):
                 if shown.weight != trained:
                     out.append(("⟧" if trained else "") + _opening(shown.weight), "green")
@@ -135,14 +135,16 @@ def _opening(weight: float) -> str:
     return "" if not weight else "⟦" if weight == 1 else f"⟦×{weight:g} "
 
 
-def _parts(exchange: Exchange) -> Sequence[tuple[str, Any, Any]]:
+def parts(exchange: Exchange) -> Sequence[tuple[str, Any, Any]]:
+    """The name, the ids and the weights of the prompt, then of the completion."""
     return (
         ("prompt", exchange.prompt_ids, exchange.prompt_weights),
         ("completion", exchange.completion_ids, exchange.completion_weights),
     )
 
 
-def _heading(exchange: Exchange, number: int, of: int) -> str:
+def heading(exchange: Exchange, number: int, of: int) -> str:
+    """What an exchange is, in a line: which one of its row, its tokens, its seam."""
     label = f" ({exchange.label})" if exchange.label else ""
     return (
         f"exchange {number} of {of}{label}: {len(exchange.prompt_ids):,} + {len(exchange.completion_ids):,} tokens; "
@@ -177,10 +179,10 @@ def to_html(rows: Iterable[EncodedRecord], texts: TokenText, control: frozenset[
         body.append(f"<h2>{html.escape(str(row.record.source))}</h2>")
         body.append(f"<p>{html.escape(f'{row.record.shape}, {row.status}{reason}')}</p>")
         for number, exchange in enumerate(row.exchanges, 1):
-            body.append(f"<p>{html.escape(_heading(exchange, number, len(row.exchanges)))}</p>")
+            body.append(f"<p>{html.escape(heading(exchange, number, len(row.exchanges)))}</p>")
             spans = (
                 _span(shown, part)
-                for part, ids, weights in _parts(exchange)
+                for part, ids, weights in parts(exchange)
                 for shown in texts.show(ids, weights, control=control)
             )
             body.append(f'<div class="tokens">{"".join(spans)}</div>')

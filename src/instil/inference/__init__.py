@@ -1,0 +1,1 @@
+"""Models at work: sampling, chat sessions, scores."""
