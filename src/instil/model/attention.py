@@ -123,7 +123,7 @@ def attend(
     if layout is None:
         more = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window, **others}
         if softcap is not None or s_aux is not None:
-            return _masked(query, key, value, attention_mask, scaling, dropout, softcap, s_aux), None
+            return masked(query, key, value, attention_mask, scaling, dropout, softcap, s_aux), None
         return sdpa_attention_forward(module, query, key, value, attention_mask, **more)[0], None
     unknown_arguments.update(name for name, value in others.items() if name not in _IGNORED and value is not None)
     if attention_mask is not None:
@@ -141,11 +141,11 @@ def attend(
     if kernels and window is None and softcap is None:
         out: Tensor = _Flash.apply(query, key, value, layout, scale)  # type: ignore[no-untyped-call]
     else:
-        out = _by_definition(query, key, value, layout, scale, dropout, window, softcap, s_aux)
+        out = by_definition(query, key, value, layout, scale, dropout, window, softcap, s_aux)
     return out.to(dtype), None
 
 
-def _masked(
+def masked(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -234,7 +234,7 @@ class _Flash(torch.autograd.Function):
         return (*totals, None, None)
 
 
-def _by_definition(
+def by_definition(
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -45,7 +45,7 @@ class TreeModel(nn.Module):
         self.fused_head = (self.device.type == "cuda" if fused_head is None else fused_head) and self._only_multiplies
         self.bf16 = bf16
         self.one_by_one = admit(self.base, _reading) if one_by_one is None else one_by_one
-        self._regime = _regime(self.base.config)
+        self._regime = rotation_regime(self.base.config)
         if not self.one_by_one:
             self.base.set_attn_implementation(NAME)
 
@@ -330,7 +330,7 @@ def _paths(batch: PackedBatch) -> list[Ints]:
     return groups
 
 
-def _regime(config: Any) -> tuple[int, bool] | None:
+def rotation_regime(config: Any) -> tuple[int, bool] | None:
     """The length beyond which a model rotates positions otherwise, and whether that depends on the length itself."""
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     kind = rope.get("rope_type", rope.get("type"))

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -102,6 +102,18 @@ def checkpoint_dtype(options: ModelOptions) -> torch.dtype:
     with quiet():
         found = getattr(_read_config(base_of(options), options.trust_remote_code), "dtype", None)
     return found if isinstance(found, torch.dtype) else torch.float32
+
+
+def product_dtype(precision: Literal["auto", "bf16", "fp32"]) -> torch.dtype:
+    """What products are computed in: bf16 where the hardware has it, unless chosen."""
+    if precision != "auto":
+        return torch.bfloat16 if precision == "bf16" else torch.float32
+    if torch.cuda.is_available():
+        has = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        able = torch.cpu.get_capabilities()
+        has = able.get("avx512_bf16", False) or able.get("amx_bf16", False)
+    return torch.bfloat16 if has else torch.float32
 
 
 def check_vocabulary(model: nn.Module, tokenizer: Tokenizer) -> None:

@@ -15,7 +15,7 @@ import torch
 from instil.errors import Interrupted, TokenizerError, TrainingError, UsageError
 from instil.model.adapter import add_lora
 from instil.model.forward import TreeModel
-from instil.model.load import base_of, check_vocabulary, checkpoint_dtype, load_model
+from instil.model.load import base_of, check_vocabulary, checkpoint_dtype, load_model, product_dtype
 from instil.model.save import merged, save_model
 from instil.model.tokens import Growth, reserve_tokens
 from instil.prompt import Tokenizer, builtin_templates
@@ -70,7 +70,7 @@ def _train(
     with processes.in_turn():
         data = Rows.of(config, rejects=processes.first)
     model, growth = _model(config, data.renderer)
-    reader = TreeModel(model, bf16=_precision(config) is torch.bfloat16)
+    reader = TreeModel(model, bf16=product_dtype(config.precision) is torch.bfloat16)
     record = describe_run(config, data.renderer, data.prepared, data.described, data.eval_described)
     checkpoints = Checkpoints(
         Path(output).resolve() / CHECKPOINTS,
@@ -181,7 +181,7 @@ def _made_of(config: TrainConfig, data: Rows, model: torch.nn.Module) -> dict[st
     eval_data = data.eval_described
     made_of = {
         **settings,
-        "precision": str(_precision(config)).removeprefix("torch."),
+        "precision": str(product_dtype(config.precision)).removeprefix("torch."),
         "data": data.described["fingerprint"] or config.data,
         "eval_data": (eval_data["fingerprint"] or config.eval_data) if eval_data else None,
         "template": f"{template.name} {template.fingerprint()[:16]}",
@@ -228,7 +228,7 @@ def resolve(config: TrainConfig) -> Resolved:
     check_installed(config.optimizer)
     data = Rows.of(config, rejects=False)
     model, _ = _model(config, data.renderer)
-    reader = TreeModel(model, bf16=_precision(config) is torch.bfloat16)
+    reader = TreeModel(model, bf16=product_dtype(config.precision) is torch.bfloat16)
     options = config.tokens_per_step, config.tokens_per_batch, config.share_prefixes, config.seed
     steps = Steps.of(data.prepared.trees, *options, data.trained)
     resolved = preflight.resolve(reader, steps, config, held_out=bool(len(data.held_out)))
@@ -283,7 +283,7 @@ def _check_tokenizer(config: TrainConfig, tokenizer: Tokenizer) -> None:
 
 def _load(config: TrainConfig, *, frozen: bool) -> torch.nn.Module:
     """The model on the CPU; a frozen base in the precision of the products, one that is trained in float32."""
-    return load_model(config, dtype=_precision(config) if frozen else torch.float32, seed=config.seed)
+    return load_model(config, dtype=product_dtype(config.precision) if frozen else torch.float32, seed=config.seed)
 
 
 def _compared(reader: TreeModel, merged: torch.nn.Module, data: Rows, config: TrainConfig) -> Comparison:
@@ -296,15 +296,3 @@ def _compared(reader: TreeModel, merged: torch.nn.Module, data: Rows, config: Tr
     stops = [i for token in data.prepared.stop_tokens if (i := tokenizer.backend.token_to_id(token)) is not None]
     rows = data.held_out or data.prepared.trees
     return compare(reader, beside, rows, tokenizer, stops, tokens_per_batch=config.tokens_per_batch)
-
-
-def _precision(config: TrainConfig) -> torch.dtype:
-    """What products are computed in: bf16 where the hardware has it, unless chosen."""
-    if config.precision != "auto":
-        return torch.bfloat16 if config.precision == "bf16" else torch.float32
-    if torch.cuda.is_available():
-        has = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        able = torch.cpu.get_capabilities()
-        has = able.get("avx512_bf16", False) or able.get("amx_bf16", False)
-    return torch.bfloat16 if has else torch.float32

@@ -1,0 +1,122 @@
+"""The text of an answer as it comes: whole characters, no special tokens, nothing of a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from instil.prompt.tokenizer import Tokenizer
+
+_CONTEXT = 16
+"""Tokens of the prompt beside which the first of an answer are decoded; a character has fewer."""
+
+_UNFINISHED = "\ufffd"
+
+
+class Decoder:
+    """Decodes what follows a prompt.
+
+    Args:
+        tokenizer: The model's.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._backend = tokenizer.backend
+        added = self._backend.get_added_tokens_decoder()
+        self.special = frozenset(number for number, token in added.items() if token.special)
+        self._bos = tokenizer.special_tokens.get("bos_token")
+        self._letter = self._backend.encode("a", add_special_tokens=False).ids
+        control = next((token.content for token in added.values() if token.special and token.content.strip()), None)
+        self._at_start = self._behind("a")
+        self._behind_control = self._behind(f"{control}a") if control else self._at_start
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens, none of them special."""
+        return str(self._backend.decode(ids, skip_special_tokens=False))
+
+    def context(self, prompt: Sequence[int]) -> list[int]:
+        """The tokens beside which an answer is decoded: where it follows text, the end of that; else what keeps the
+        space that begins it, unless that is the dummy one that the tokenizer puts there.
+        """
+        tail: list[int] = []
+        for token in reversed(prompt[-_CONTEXT:]):
+            if token in self.special:
+                break
+            tail.insert(0, token)
+        if tail:
+            return tail
+        alone = len(prompt) == 1 and prompt[0] == self._backend.token_to_id(self._bos or "")
+        return self._at_start if alone or not prompt else self._behind_control
+
+    def _behind(self, text: str) -> list[int]:
+        """No tokens if the tokenizer puts a dummy space before a letter here, else those of a letter."""
+        ids = [i for i in self._backend.encode(text, add_special_tokens=False).ids if i not in self.special]
+        both, letter = self.decode([*self._letter, *ids]), self.decode(self._letter)
+        return [] if both[len(letter) :].startswith(" ") else self._letter
+
+
+class TextStream:
+    """The text of one answer, token by token.
+
+    Args:
+        decoder: Of the model's tokenizer.
+        prompt: The ids before the answer.
+        stop: Texts before which it ends.
+    """
+
+    def __init__(self, decoder: Decoder, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
+        self._decoder = decoder
+        self._stop = stop
+        self._ids = decoder.context(prompt)  # of what is not yet text, behind those of the last text
+        self._known = len(self._ids)
+        self._before = decoder.decode(self._ids)
+        self._held = ""  # may turn out to be the start of a stop string
+        self._pieces: list[str] = []
+        self.stopped = False
+
+    @property
+    def text(self) -> str:
+        """All that was given out."""
+        return "".join(self._pieces)
+
+    def push(self, token: int) -> str:
+        """Take a token; return the text that is certain now, perhaps none."""
+        if token in self._decoder.special or self.stopped:
+            return ""
+        self._ids = [*self._ids, token]
+        now = self._decoder.decode(self._ids)
+        if now.endswith(_UNFINISHED):
+            return ""
+        new = now[len(self._before) :]
+        self._ids = self._ids[self._known :]
+        self._known, self._before = len(self._ids), self._decoder.decode(self._ids)
+        return self._given(new)
+
+    def finish(self) -> str:
+        """The rest, when no token comes any more; half a character is left out."""
+        if self.stopped:
+            return ""
+        new = self._decoder.decode(self._ids)[len(self._before) :].rstrip(_UNFINISHED)
+        rest = self._given(new) if new else ""
+        if not self.stopped and self._held:
+            self._pieces.append(self._held)
+            rest, self._held = rest + self._held, ""
+        return rest
+
+    def _given(self, new: str) -> str:
+        """What of the text so far can be given out; the rest is held."""
+        text = self._held + new
+        found = [at for each in self._stop if (at := text.find(each)) >= 0]
+        if found:
+            self.stopped, self._held, text = True, "", text[: min(found)]
+        else:
+            held = max((_overlap(text, each) for each in self._stop), default=0)
+            self._held = text[len(text) - held :]
+            text = text[: len(text) - held]
+        self._pieces.append(text)
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of the text begin the stop string."""
+    longest = min(len(text), len(stop) - 1)
+    return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
