@@ -19,7 +19,7 @@ _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _BETWEEN = "│"
 # White space by signs of its own, other control characters by Unicode's pictures of them, and what turns the direction
 # of writing by a full stop in a box: none of them may act on the terminal.
-_VISIBLE = (
+VISIBLE = (
     {code: 0x2400 + code for code in range(32)}
     | dict.fromkeys([*range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], "⊡")
     | str.maketrans({" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"})
@@ -75,7 +75,7 @@ class TokenText:
         shown = []
         for token_id, weight in zip(map(int, ids), map(float, weights), strict=True):
             text = self(token_id)
-            shown.append(Shown(text.translate(_VISIBLE), token_id, weight, token_id in control, text.endswith("\n")))
+            shown.append(Shown(text.translate(VISIBLE), token_id, weight, token_id in control, text.endswith("\n")))
         return shown
 
 
