@@ -88,7 +88,7 @@ class Terminal:
             known = [f"/{each}" for each in (*self._commands, "exit")]
             raise UsageError(
                 f"/{name}: there is no such command",
-                f"{nearest(f'/{name}', known)}; a message that begins with a slash is sent with a space before it",
+                f"{nearest(f'/{name}', known)}\n  A message that begins with a slash is sent with a space before it.",
             )
         self._commands[name](rest.strip())
 
