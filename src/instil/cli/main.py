@@ -37,6 +37,7 @@ _COMMANDS = {
     "train": "Tune a model on data.",
     "chat": "Talk with a model in the terminal, or have it answer prompts.",
     "score": "Show how probable each token of rows is to a model, and its rank, or the likelihood of all rows.",
+    "complete": "Go on with a text as a model would, with no chat template.",
     "runs": "List the runs below a folder, or show one: its state, its loss, its settings.",
     "templates": "List the built-in chat templates, or show one rendered.",
     "quickstart": "Show what would be trained on the bundled sample data.",
@@ -44,10 +45,13 @@ _COMMANDS = {
 for _name, _help in _COMMANDS.items():  # said here, so that `instil --help` need not load the commands
     app.command(f"instil.cli.{_name}:{_name}", name=_name, help=_help)
 
-REMEDIES = {"data": "Name a file, a folder, a glob, - for standard input, or hf://owner/name."}
+REMEDIES = {
+    "data": "Name a file, a folder, a glob, - for standard input, or hf://owner/name.",
+    "model": "Name the folder of a model, or one on the hub.",
+}
 """What to do where a setting that must be given is missing."""
 
-_TAKE_DATA = ("--data", "--eval-data")
+_TAKE_DATA = ("--data", "--eval-data", "--prompts")
 
 
 class _Ended(KeyboardInterrupt):
