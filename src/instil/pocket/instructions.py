@@ -135,9 +135,8 @@ def held_out_phrasings(seed: int = 0, each: int = 20) -> list[Row]:
         rows += [_fact_row(relation, fact, rng.choice(ways)) for fact in rng.sample(known[relation.name], each)]
     rows += [_claim_row(rng, known, split_phrasings(_TRUE_FALSE)[1]) for _ in range(each)]
     rows += [_scene_row(rng, _known_events(), held_out_phrasings=True) for _ in range(2 * each)]
-    rows += [
-        _list_row(rng, rng.choice(list(kinds())), way) for way in split_phrasings(_LIST)[1] for _ in range(each // 2)
-    ]
+    ways = split_phrasings(_LIST)[1]
+    rows += [_list_row(rng, rng.choice(list(kinds())), rng.choice(ways)) for _ in range(each)]
     return rows + [_styled(rng, rng.choice(rows), held_out_phrasings=True) for _ in range(each)]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from instil.conversation import Conversation, Message
 from instil.evaluation.statistics import Share
 from instil.inference import Answer, Engine, Loaded, SamplingOptions, load_engine
+from instil.inference.load import stop_ids
 from instil.inference.session import Chat
 from instil.model.load import load_model
 from instil.model.options import ModelOptions
@@ -97,8 +98,7 @@ def base_under(folder: Path, template: str) -> Loaded:
     load_renderer(tokenizer, prompt)  # which adds the template's tokens to the tokenizer
     model = load_model(ModelOptions(model=str(folder)))
     reserve_tokens(model, tokenizer, builtin_templates()[template].special_tokens)
-    stop = tokenizer.backend.token_to_id(tokenizer.eos_token)
-    return Loaded(Engine(model.requires_grad_(False), tokenizer, [stop]), tokenizer, prompt)
+    return Loaded(Engine(model.requires_grad_(False), tokenizer, stop_ids({}, tokenizer)), tokenizer, prompt)
 
 
 def tuned(folder: Path) -> Loaded:

@@ -1,7 +1,7 @@
 """The small world that the bundled model knows: what is true in it, how it is said and how it is asked for.
 
-The facts stand in `facts/*.tsv`. A `Relation` says in several ways what is true of each of its entities, and asks for it
-in others; every third entity and every third way to ask is kept out of the instruction data.
+The facts stand in `facts/*.tsv`. A `Relation` says in several ways what is true of each of its entities, and asks for
+it in others; every third entity and every third way to ask is kept out of the instruction data.
 """
 
 from __future__ import annotations
