@@ -11,9 +11,15 @@ from instil.errors import TemplateError, UsageError
 from instil.inference.engine import Answer
 from instil.inference.load import Loaded
 from instil.inference.options import SamplingOptions
-from instil.inference.session import Chat, ChatSession, prompt_ids, stop_ids
+from instil.inference.session import Chat, ChatSession, frame, prompt_ids, stop_ids
 from instil.pocket import sample_data, save_sample_tokenizer
 from instil.prompt import PromptOptions, RecordEncoder, load_renderer
+
+
+def without_stop(chat, completion):
+    stop = [token for token in chat.renderer.stop_tokens if completion.endswith(token)]
+    return completion.removesuffix(stop[0]) if stop else completion
+
 
 TEMPLATES = ("chatml", "llama3", "alpaca", "headers", "human-assistant", "prompt-tokens")
 
@@ -54,8 +60,9 @@ def chat_of(tokenizer, template="chatml", **engine):
     return Chat(SimpleNamespace(renderer=renderer, engine=Scripted(**engine)))
 
 
-def replayed(chat, conversation, turn):
-    """The prompt of a session that came to this turn by saying what the conversation says; None if it cannot."""
+def replayed(chat, conversation, turn, answers):
+    """The prompt of a session that came to this turn by saying what the conversation says, the model all that it was
+    trained to; None if it cannot."""
     messages = conversation.messages[:turn]
     plain = all(not m.fields and not m.tool_calls and m.reasoning_content is None for m in messages)
     system = messages[0].content if messages[0].role == "system" else None
@@ -63,11 +70,10 @@ def replayed(chat, conversation, turn):
     if not plain or conversation.tools or [m.role for m in said] != (["user", "assistant"] * len(said))[: len(said)]:
         return None
     session = ChatSession(chat, system=system)
-    for user, answer in zip(said[::2], [*said[1::2], Message("assistant", "End.")], strict=True):
-        if user.content != user.content.strip():
-            return None
-        chat.engine.says = [answer.content]
+    for user, answer in zip(said[::2], [*answers[: len(said) // 2], "End."], strict=True):
+        chat.engine.says = [answer]
         session.send(user.content)
+    assert [m.content for m in session.messages[1:-1:2]] == [m.content for m in said[1::2]]
     return chat.engine.prompts[-1]
 
 
@@ -83,20 +89,35 @@ def test_the_prompt_of_every_turn_is_that_of_training(tokenizer, template):
         if not encoded.exchanges or record.kind in ("text", "preference"):
             continue
         for conversation in record.conversations:
-            only_last = record.kind == "labelled"
+            only_last, answers = record.kind == "labelled", []
             turns = [i for i, m in enumerate(conversation.messages) if m.role == "assistant" and m.weight != 0]
             for turn in turns[-1:] if only_last else turns or [len(conversation.messages)]:
-                expected = next(exchanges).prompt_ids.tolist()
+                exchange = next(exchanges)
+                expected = exchange.prompt_ids.tolist()
                 before = Conversation(conversation.messages[:turn], conversation.tools)
                 assert list(chat.prompt(before).ids) == expected, record.source
                 compared += 1
-                found = replayed(chat, conversation, turn)
+                found = replayed(chat, conversation, turn, answers)
+                answers.append(without_stop(chat, exchange.completion_text))
                 if found is not None:
                     assert found == expected, record.source
                     by_session += 1
         assert next(exchanges, None) is None
     assert compared > 120
     assert by_session > 30
+
+
+def test_what_the_template_puts_around_an_answer_is_not_its_content(tokenizer):
+    """`Assistant:` asks and ` Yes.` answers: the content is `Yes.`, also as it streams."""
+    chat = chat_of(tokenizer, "human-assistant", says=[" Yes, it is.", "Odd.", " half <interrupt>"])
+    assert frame(chat.renderer) == (" ", "")
+    session, heard = ChatSession(chat), []
+    session.send("Is it?", lambda answer, piece: heard.append(piece))
+    session.send("Is it?")
+    session.send("Is it?")
+    assert "".join(heard) == "Yes, it is. ", "the space at the end is the script's"
+    assert [m.content for m in session.messages[1::2]] == ["Yes, it is.", "Odd.", "half "]
+    assert frame(chat_of(tokenizer).renderer) == ("", "")
 
 
 def test_the_loaded_template_names_its_stop_token(tokenizer):
@@ -200,6 +221,15 @@ def test_what_was_said_before_a_stop_is_kept_and_marked(tokenizer, tmp_path):
     encoder = RecordEncoder(chat.renderer, PromptOptions())
     (exchange,) = encoder.encode([record])[0].exchanges
     assert exchange.completion_text == "one<|im_end|>", "what was stopped is not trained"
+
+
+def test_an_empty_answer_is_not_trained(tokenizer, tmp_path):
+    session = ChatSession(chat_of(tokenizer, says=["one", ""]))
+    session.send("Hi")
+    session.send("Go on")
+    session.save(tmp_path / "chats.jsonl")
+    (record,) = read(tmp_path / "chats.jsonl")
+    assert [m.weight for m in record.conversations[0].messages] == [None, None, None, 0.0]
 
 
 def test_a_signal_that_ends_the_process_is_no_stop(tokenizer):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 from pydantic import BeforeValidator, Field, model_validator
 
-from instil.cli.generating import GenerationOptions, missing, notes, progress, save, shown, standard_input
+from instil.cli.generating import GenerationOptions, inert, missing, notes, progress, save, shown, standard_input
 from instil.conversation import Conversation, Message, Record, Source
 from instil.errors import DataError, InstilError, RowProblem, UsageError
 from instil.inference.prompts import read_prompts
@@ -182,7 +182,7 @@ def _say(reply: Reply) -> None:
 
 
 def _write(answer: int, piece: str) -> None:
-    sys.stdout.write(piece)
+    sys.stdout.write(inert(piece) if sys.stdout.isatty() else piece)
     sys.stdout.flush()
 
 
