@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 from pydantic import BeforeValidator, Field, model_validator
 
-from instil.cli.generating import GenerationOptions, missing, notes, progress, save, shown, standard_input
+from instil.cli.generating import GenerationOptions, inert, missing, notes, progress, save, shown, standard_input
 from instil.conversation import Conversation, Message, Record, Source
 from instil.errors import DataError, InstilError, RowProblem, UsageError
+from instil.inference.prompts import read_prompts
 from instil.prompt.options import PromptOptions, arguments
 
 if TYPE_CHECKING:
@@ -103,15 +104,8 @@ def _read(file: str) -> list[Record]:
         from instil.data import read
 
         return list(read(file, format="prompt"))
-    try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "is not UTF-8"
-        raise UsageError(f"--prompts {file}: cannot be read: {reason}", "Name a file of prompts.") from error
-    records = [_asked(line, file, number) for number, line in enumerate(lines, 1) if line.strip()]
-    if not records:
-        raise UsageError(f"--prompts {file}: holds no prompts", "Write one on each line.")
-    return records
+    prompts = read_prompts(file)
+    return [_asked(each.text, file, int(each.source.rpartition(":")[2])) for each in prompts]
 
 
 def _asked(text: str, file: str, line: int) -> Record:
@@ -188,7 +182,7 @@ def _say(reply: Reply) -> None:
 
 
 def _write(answer: int, piece: str) -> None:
-    sys.stdout.write(piece)
+    sys.stdout.write(inert(piece) if sys.stdout.isatty() else piece)
     sys.stdout.flush()
 
 

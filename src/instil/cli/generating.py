@@ -16,11 +16,15 @@ from pydantic import Field, field_validator, model_validator
 from instil.errors import UsageError
 from instil.inference.options import SamplingOptions
 from instil.model.options import ModelOptions
+from instil.prompt.inspect import VISIBLE
 from instil.prompt.options import PromptOptions
 
 if TYPE_CHECKING:
     from instil.inference.load import Loaded
     from instil.inference.session import Reply
+
+
+_INERT = {code: sign for code, sign in VISIBLE.items() if chr(code) not in " \n\t"}
 
 
 class GenerationOptions(SamplingOptions):
@@ -85,6 +89,11 @@ def notes(reply: Reply) -> Iterator[str]:
         yield "an answer was cut off (--max-new-tokens)"
     if "context" in ended:
         yield "an answer was cut off: the model's context is full"
+
+
+def inert(text: str) -> str:
+    """The text as a terminal may show it: what would act on it, by signs."""
+    return text.translate(_INERT)
 
 
 def missing(error: ModuleNotFoundError) -> UsageError:

@@ -11,12 +11,11 @@ from prompt_toolkit import PromptSession
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from pydantic import ValidationError
 
-from instil.cli.generating import notes, shown
+from instil.cli.generating import inert, notes, shown
 from instil.cli.main import reason
 from instil.errors import InstilError, UsageError, nearest
 from instil.inference.options import SamplingOptions
 from instil.inference.session import ChatSession, OnAnswer, Reply
-from instil.prompt.inspect import VISIBLE
 
 _ASKS = "> "
 _GOES_ON = ". "
@@ -30,9 +29,6 @@ _HELP = """\
 /exit            leave; Ctrl-D does too
 Enter sends. Alt-Enter, or a backslash before Enter, begins a new line. Ctrl-C stops an answer.
 A message that begins with a slash is sent with a space before it."""
-
-_INERT = {code: sign for code, sign in VISIBLE.items() if chr(code) not in " \n\t"}
-"""What an answer may not do to the terminal, by signs."""
 
 
 class Terminal:
@@ -97,12 +93,12 @@ class Terminal:
 
         def write(answer: int, piece: str) -> None:
             if not several:
-                sys.stdout.write(piece.translate(_INERT))
+                sys.stdout.write(inert(piece))
                 sys.stdout.flush()
 
         reply = ask(write)
         for number, each in enumerate(reply.answers if several else (), 1):
-            _say(f"[answer {number}]\n{each.message.content.translate(_INERT)}\n")
+            _say(f"[answer {number}]\n{inert(each.message.content)}\n")
         said = list(notes(reply))
         if not reply.answers:
             said.append("stopped before a word was said; all is as it was")

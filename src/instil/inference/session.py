@@ -20,7 +20,8 @@ from instil.prompt.encode import encode_seam, without_oldest_turn
 OnAnswer = Callable[[int, str], object]
 """Told the number of an answer and the text that is new in it."""
 
-_PROBE = Message("user", "a"), Message("assistant", "a")
+_SAID = "zqAnswerqz"
+_PROBE = Conversation((Message("user", "a"), Message("assistant", _SAID)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class ChatAnswer:
     """An answer as a message.
 
     Args:
-        message: What the assistant said. Its weight is 0 where it is no whole answer, which is not to be trained.
+        message: What the assistant said. Its weight is 0 where it is empty or cut off, and so not to be trained.
         ended: As the engine says, or `stopped` by whoever asked.
         tokens: How many it has, the stop token not counted; None where it was stopped.
     """
@@ -53,7 +54,7 @@ class ChatAnswer:
     @classmethod
     def of(cls, text: str, ended: Ended | Literal["stopped"], tokens: int | None) -> ChatAnswer:
         """The answer that a text makes."""
-        whole = ended in ("stop", "stop-string")
+        whole = ended in ("stop", "stop-string") and text.strip()
         return cls(Message("assistant", text, weight=None if whole else 0.0), ended, tokens)
 
 
@@ -101,6 +102,7 @@ class Chat:
         self.renderer = loaded.renderer
         self.engine = loaded.engine
         self.engine.stop_ids |= frozenset(stop_ids(self.renderer))
+        self._frame = frame(self.renderer)
 
     def prompt(self, conversation: Conversation, sampling: SamplingOptions | None = None) -> Prompt:
         """The tokens that training saw before the answer to this conversation.
@@ -146,20 +148,24 @@ class Chat:
         """
         prompt = self.prompt(conversation, sampling)
         said: dict[int, str] = {}
+        opening = self._frame[0]
 
         def hear(_: int, answer: int, piece: str) -> None:
-            said[answer] = said.get(answer, "") + piece
-            if on_text is not None:
-                on_text(answer, piece)
+            before = said.get(answer, "")
+            said[answer] = before + piece
+            new = _content(said[answer], opening)[len(_content(before, opening)) :]
+            if new and on_text is not None:
+                on_text(answer, new)
 
         try:
             (found,) = self.engine.generate([prompt.ids], sampling, on_text=hear)
         except KeyboardInterrupt as stop:
             if type(stop) is not KeyboardInterrupt:  # more than a wish to stop: a signal that ends the process
                 raise
-            stopped = tuple(ChatAnswer.of(said[n], "stopped", None) for n in sorted(said))
+            texts = (_content(said[n], opening) for n in sorted(said))
+            stopped = tuple(ChatAnswer.of(text, "stopped", None) for text in texts if text)
             return Reply(conversation, stopped, len(prompt.ids), prompt.dropped_turns)
-        return _reply(conversation, prompt, found)
+        return self._reply(conversation, prompt, found)
 
     def replies(
         self,
@@ -179,7 +185,13 @@ class Chat:
         """
         prompts = [self.prompt(each, sampling) for each in conversations]
         found = self.engine.generate([each.ids for each in prompts], sampling, on_done=on_done)
-        return [_reply(*each) for each in zip(conversations, prompts, found, strict=True)]
+        return [self._reply(*each) for each in zip(conversations, prompts, found, strict=True)]
+
+    def _reply(self, conversation: Conversation, prompt: Prompt, answers: Sequence[Answer]) -> Reply:
+        opening, closing = self._frame
+        texts = (each.text.removeprefix(opening).removesuffix(closing) for each in answers)
+        found = tuple(ChatAnswer.of(t, each.ended, len(each.ids)) for t, each in zip(texts, answers, strict=True))
+        return Reply(conversation, found, len(prompt.ids), prompt.dropped_turns)
 
 
 class ChatSession:
@@ -279,17 +291,30 @@ def prompt_ids(renderer: Renderer, conversation: Conversation) -> list[int]:
     return encode_seam(renderer.encoder, renderer.prompt(conversation))[0]
 
 
+def frame(renderer: Renderer) -> tuple[str, str]:
+    """What the template puts between the prompt and the content of an answer, and between that and the stop token, as
+    it shows of a short one. The model says it, and it is not the content: a template that asks with `Assistant:` and
+    answers with ` Yes.` would else render two spaces when the answer is history.
+    """
+    try:
+        before, _, after = renderer.exchange(_PROBE, 1).completion.partition(_SAID)
+    except TemplateError:  # it takes no such conversation
+        return "", ""
+    stop = next((token for token in renderer.stop_tokens if after.endswith(token)), "")
+    return before, after.removesuffix(stop)
+
+
 def stop_ids(renderer: Renderer) -> list[int]:
     """The tokens that the template ends an answer with, as it shows of a short one."""
     with suppress(TemplateError):  # it takes no such conversation, or ends its answers in nothing
-        renderer.exchange(Conversation(_PROBE), 1)
+        renderer.exchange(_PROBE, 1)
     ids = (renderer.tokenizer.backend.token_to_id(token) for token in renderer.stop_tokens)
     return [each for each in ids if each is not None]
 
 
-def _reply(conversation: Conversation, prompt: Prompt, answers: Sequence[Answer]) -> Reply:
-    found = tuple(ChatAnswer.of(each.text, each.ended, len(each.ids)) for each in answers)
-    return Reply(conversation, found, len(prompt.ids), prompt.dropped_turns)
+def _content(text: str, opening: str) -> str:
+    """What is said so far, without what the template puts before it; nothing while it may still be that."""
+    return "" if opening.startswith(text) else text.removeprefix(opening)
 
 
 def _to_record(message: Message) -> dict[str, Any]:
