@@ -74,7 +74,9 @@ def test_models_that_cannot_are_read_one_by_one(kind, letters):
                 each.add_(0.3 * torch.randn_like(each))
     engine = Engine(model, letters, [])
     assert engine.one_by_one
-    for prompt, (answer,) in zip(some_prompts(4 + 1), engine.generate(some_prompts(5), SamplingOptions(max_new_tokens=6)), strict=True):
+    for prompt, (answer,) in zip(
+        some_prompts(4 + 1), engine.generate(some_prompts(5), SamplingOptions(max_new_tokens=6)), strict=True
+    ):
         read = [*prompt, *answer.ids]
         for at in range(len(prompt), len(read)):
             assert int(model(torch.tensor([read[:at]]), use_cache=False).logits[0, -1].argmax()) == read[at]
@@ -137,7 +139,9 @@ def test_draws_do_not_depend_on_the_batch(llama, letters, narrowed):
 
 
 def test_sampled_answers_have_the_models_distribution(llama, letters):
-    (own,) = Engine(llama, letters, []).generate([[3, 4, 5]], SamplingOptions(temperature=1, answers=3000, max_new_tokens=1))
+    (own,) = Engine(llama, letters, []).generate(
+        [[3, 4, 5]], SamplingOptions(temperature=1, answers=3000, max_new_tokens=1)
+    )
     found = torch.bincount(torch.tensor([each.ids[0] for each in own]), minlength=VOCABULARY) / 3000
     expected = torch.softmax(llama(torch.tensor([[3, 4, 5]])).logits[0, -1], -1).detach()
     assert float((found - expected).abs().max()) < 4 * (0.25 / 3000) ** 0.5
@@ -150,7 +154,11 @@ def test_repetition_is_penalized_as_in_transformers(llama, letters):
     )
     for prompt, (answer,) in zip(prompts, answers, strict=True):
         made = llama.generate(
-            torch.tensor([prompt]), do_sample=False, max_new_tokens=10, repetition_penalty=1.8, pad_token_id=0,
+            torch.tensor([prompt]),
+            do_sample=False,
+            max_new_tokens=10,
+            repetition_penalty=1.8,
+            pad_token_id=0,
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
         )
         assert answer.ids == tuple(made[0, len(prompt) :].tolist())

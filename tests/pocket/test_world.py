@@ -11,7 +11,7 @@ from instil.pocket import data_folder
 from instil.pocket.corpus import corpus
 from instil.pocket.instructions import SETS, STYLES, is_right, plain_facts, training_rows
 from instil.pocket.scenes import events
-from instil.pocket.world import HELD_OUT_FAMILIES, is_held_out, kinds, relations, split_phrasings, spelled, table
+from instil.pocket.world import HELD_OUT_FAMILIES, is_held_out, kinds, relations, spelled, split_phrasings, table
 
 RELATIONS = {relation.name: relation for relation in relations()}
 TRAIN = training_rows()

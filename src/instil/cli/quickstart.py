@@ -83,7 +83,7 @@ def quickstart(*, options: Annotated[QuickstartOptions | None, Parameter(name="*
     _run(console, ["inspect", *_base_and_data(options), "--row", "1"])
 
     _title(console, "3. Training")
-    outcome = _train(_config(options))
+    outcome = _train(configuration(options))
 
     _title(console, "4. The same five, after")
     model = tuned(options.output)
@@ -116,7 +116,7 @@ def _base_and_data(options: QuickstartOptions) -> list[str]:
     return ["--model", _short(model_folder()), "--template", _TEMPLATE, "--data", _short(options.data)]
 
 
-def _config(options: QuickstartOptions) -> TrainConfig:
+def configuration(options: QuickstartOptions) -> TrainConfig:
     from instil.training import TrainConfig
 
     lora = options.adapter == "lora"
