@@ -163,8 +163,8 @@ def forest(prompts: Sequence[Sequence[int]], shared: int) -> tuple[TokenTree, li
     for row in path.tolist():
         ends[row] = len(ids)
     none = np.empty(0, np.int64)
-    rows = [np.array(each, np.int64) for each in (ids, depths, ends)]
-    return TokenTree(*rows, none, none, np.empty(0, np.float32), none, none, none, none), paths
+    laid, depth, end = (np.array(each, np.int64) for each in (ids, depths, ends))
+    return TokenTree(laid, depth, end, none, none, np.empty(0, np.float32), none, none, none, none), paths
 
 
 def reading_alone(model: nn.Module) -> OneReader:
