@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -297,6 +297,6 @@ def _context(config: Any, tokenizer: Tokenizer) -> int:
 def _free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    import psutil
+    import psutil  # type: ignore[import-untyped]
 
-    return cast(int, psutil.virtual_memory().available)
+    return int(psutil.virtual_memory().available)
