@@ -220,12 +220,12 @@ def _wrong(tiny: Any) -> str:
 def _side_by_side(reader: SlotReader) -> list[tuple[list[int], Tensor]]:
     """Answers of unlike lengths, longer than the window; one leaves and another joins: ids, and the logits behind."""
     draw = np.random.default_rng(0)
-    first, second, third = (draw.integers(1, 60, size).tolist() for size in (9, 5, 7))
+    first, second, third = (draw.integers(1, 60, size).tolist() for size in (6, 4, 5))
     second[:3] = first[:3]
     rows: list[list[int]] = [first, second]
     found = list(zip(rows, reader.join(rows), strict=True))
-    for step in range(8):
-        if step == 4:
+    for step in range(6):
+        if step == 3:
             reader.drop(0)
             rows = [rows[1], third]
             found.append((third, reader.join([third])[0]))

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 
 from instil.prompt.tokenizer import Tokenizer
 
 _CONTEXT = 16
 """Tokens of the prompt beside which the first of an answer are decoded; a character has fewer."""
+
+_BYTES = 4
+"""Most tokens of a character: its bytes."""
 
 _UNFINISHED = "\ufffd"
 
@@ -33,19 +37,26 @@ class Decoder:
         """The text of tokens, none of them special."""
         return str(self._backend.decode(ids, skip_special_tokens=False))
 
-    def context(self, prompt: Sequence[int]) -> list[int]:
-        """The tokens beside which an answer is decoded: where it follows text, the end of that; else what keeps the
-        space that begins it, unless that is the dummy one that the tokenizer puts there.
+    def context(self, prompt: Sequence[int]) -> tuple[list[int], str]:
+        """The tokens beside which an answer is decoded, and their text, up to the last whole character.
+
+        Where an answer follows text they are the end of that; else what keeps the space that begins it, unless that is
+        the dummy one that the tokenizer puts there.
         """
         tail: list[int] = []
         for token in reversed(prompt[-_CONTEXT:]):
             if token in self.special:
                 break
             tail.insert(0, token)
-        if tail:
-            return tail
-        alone = len(prompt) == 1 and prompt[0] == self._backend.token_to_id(self._bos or "")
-        return self._at_start if alone or not prompt else self._behind_control
+        if not tail:
+            alone = len(prompt) == 1 and prompt[0] == self._backend.token_to_id(self._bos or "")
+            tail = self._at_start if alone else self._behind_control
+            return tail, self.decode(tail)
+        for start, left in product(range(_BYTES), repeat=2):  # either end may stand within a character
+            text = self.decode(tail[start : len(tail) - left])
+            if _UNFINISHED not in text:
+                return tail[start:], text
+        return tail, self.decode(tail).rstrip(_UNFINISHED)
 
     def _behind(self, text: str) -> list[int]:
         """No tokens if the tokenizer puts a dummy space before a letter here, else those of a letter."""
@@ -66,9 +77,8 @@ class TextStream:
     def __init__(self, decoder: Decoder, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
         self._decoder = decoder
         self._stop = stop
-        self._ids = decoder.context(prompt)  # of what is not yet text, behind those of the last text
+        self._ids, self._before = decoder.context(prompt)  # of what is not yet text, behind those of the last text
         self._known = len(self._ids)
-        self._before = decoder.decode(self._ids)
         self._held = ""  # may turn out to be the start of a stop string
         self._pieces: list[str] = []
         self.stopped = False
@@ -87,8 +97,11 @@ class TextStream:
         if now.endswith(_UNFINISHED):
             return ""
         new = now[len(self._before) :]
-        self._ids = self._ids[self._known :]
-        self._known, self._before = len(self._ids), self._decoder.decode(self._ids)
+        tail = self._ids[self._known :]
+        alone = self._decoder.decode(tail)
+        if _UNFINISHED in alone:  # it begins within a character, and is decoded beside what is before
+            tail, alone = self._ids, now
+        self._ids, self._known, self._before = tail, len(tail), alone
         return self._given(new)
 
     def finish(self) -> str:
