@@ -87,5 +87,5 @@ def test_a_template_whose_tokens_the_model_lacks_is_refused(folder):
 
 def test_a_broken_file_is_said(folder):
     (folder / "generation_config.json").write_text("[")
-    with pytest.raises(ModelError, match="generation_config.json"):
+    with pytest.raises(ModelError, match=r"generation_config\.json"):
         load_engine(ModelOptions(model=str(folder)))
