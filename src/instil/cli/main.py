@@ -35,10 +35,13 @@ app = App(
 _COMMANDS = {
     "inspect": "Show the tokens of rows with what is trained marked, or count over the whole data set.",
     "train": "Tune a model on data.",
+    "chat": "Talk with a model in the terminal, or have it answer prompts.",
     "complete": "Go on with a text as a model would, with no chat template.",
+    "score": "Show how probable each token of rows is to a model, and its rank, or the likelihood of all rows.",
     "runs": "List the runs below a folder, or show one: its state, its loss, its settings.",
     "templates": "List the built-in chat templates, or show one rendered.",
-    "quickstart": "Show what would be trained on the bundled sample data.",
+    "quickstart": "Tune the bundled base model on the bundled data, and see what that taught it.",
+    "pocket": "Make the bundled base model anew, from nothing.",
 }
 for _name, _help in _COMMANDS.items():  # said here, so that `instil --help` need not load the commands
     app.command(f"instil.cli.{_name}:{_name}", name=_name, help=_help)
@@ -184,10 +187,10 @@ def _explained(error: CycloptsError) -> str:
         return f"{' '.join(error.unused_tokens or ())}: belongs to no flag\n  See what there is with --help."
     if not isinstance(invalid, ValidationError):
         return str(error)
-    return "\n".join(_reason(each) for each in invalid.errors())
+    return "\n".join(reason(each) for each in invalid.errors())
 
 
-def _reason(each: Any) -> str:
+def reason(each: Any) -> str:
     """One of pydantic's errors in plain words."""
     name = str(each["loc"][0]) if each["loc"] else ""
     flag, kind, given = name.replace("_", "-").removeprefix("as-"), each["type"], each.get("ctx", {})

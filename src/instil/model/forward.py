@@ -65,6 +65,13 @@ class TreeModel(nn.Module):
         found: torch.device = self.base.device
         return found
 
+    @property
+    def learned_positions(self) -> int | None:
+        """The most tokens of a path where positions are learned (GPT-2, OPT); None where they are computed."""
+        limit: int = getattr(self.base.config, "max_position_embeddings", None) or 0
+        tables = {each.num_embeddings for each in self.base.modules() if isinstance(each, nn.Embedding)}
+        return limit if tables & {limit, limit + 2} else None  # OPT has two more than it says
+
     def losses(self, batch: PackedBatch) -> Tensor:
         """The cross-entropy of every target.
 
@@ -76,12 +83,30 @@ class TreeModel(nn.Module):
         """
         losses, places = [], []
         for part, targets in self._parts(batch):
-            if self._regime is not None and self._regime[1]:
-                _forget_lengths(self.base)
             losses.append(self._losses(part))
             places.append(targets)
         order = torch.from_numpy(np.argsort(np.concatenate(places))) if len(places) > 1 else None
         return losses[0] if order is None else torch.cat(losses)[order.to(self.device)]
+
+    @torch.no_grad()
+    def scores(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """How likely every target is, read as it is for the loss.
+
+        Args:
+            batch: A packed batch.
+
+        Returns:
+            (S,) float32 at least, the log-probability of each target in nats, the negative of its loss; (S,) int64, its
+            rank: one more than the tokens of the vocabulary that are more probable.
+        """
+        log_probs = torch.empty(len(batch.target_ids), device=self.device)
+        ranks = torch.empty(len(batch.target_ids), dtype=torch.int64, device=self.device)
+        for part, targets in self._parts(batch):
+            found = self._scores(part)
+            at = torch.from_numpy(targets).to(self.device)
+            log_probs = log_probs.to(found[0].dtype)
+            log_probs[at], ranks[at] = found
+        return log_probs, ranks
 
     def _parts(self, batch: PackedBatch) -> Iterator[tuple[PackedBatch, Ints]]:
         """What the model reads in one go, and which targets of the batch stand there."""
@@ -108,19 +133,43 @@ class TreeModel(nn.Module):
                 yield batch.select(group), np.flatnonzero(np.isin(batch.target_exchange, group))
 
     def _losses(self, batch: PackedBatch) -> Tensor:
-        device = self.device
-        layout = Layout(batch, device)
         rows, row_of = np.unique(batch.target_rows, return_inverse=True)  # (R,), (S,)
-        inputs = torch.from_numpy(batch.input_ids).to(device).unsqueeze(0)  # (1, T)
-        at, ids = (torch.from_numpy(each).to(device) for each in (row_of, batch.target_ids))
-        read = {"input_ids": inputs, "position_ids": layout.depth.unsqueeze(0), "use_cache": False}
+        at, ids = (torch.from_numpy(each).to(self.device) for each in (row_of, batch.target_ids))
         with self._precision():
-            if self.one_by_one:
-                own = self.base(**read).logits[0]  # (T, V)
-                return cross_entropy(own[torch.from_numpy(rows).to(device)], at, ids)
-            with without_masks():
-                hidden = self.base.base_model(**read, layout=layout).last_hidden_state[0]  # (T, D)
-            return self._of_rows(hidden[torch.from_numpy(rows).to(device)], at, ids)
+            found = self._read(batch, rows)
+            return cross_entropy(found, at, ids) if self.one_by_one else self._of_rows(found, at, ids)
+
+    def _scores(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        pairs = np.stack([batch.target_rows, batch.target_ids])  # (2, S)
+        (target_rows, target_ids), of_pair = np.unique(pairs, axis=1, return_inverse=True)  # (2, S'), (S,)
+        rows, row_of = np.unique(target_rows, return_inverse=True)  # (R,), (S',) ascending
+        log_probs, ranks = [], []
+        with self._precision():
+            found = self._read(batch, rows)
+            for start in range(0, len(rows), ROWS_AT_ONCE):
+                here = slice(*np.searchsorted(row_of, (start, start + ROWS_AT_ONCE)))
+                logits = found[start : start + ROWS_AT_ONCE]
+                at, ids = (torch.from_numpy(each[here]).to(self.device) for each in (row_of - start, target_ids))
+                scored = score(logits if self.one_by_one else self.logits(logits), at, ids)
+                log_probs.append(scored[0])
+                ranks.append(scored[1])
+        again = torch.from_numpy(of_pair.reshape(-1)).to(self.device)
+        return torch.cat(log_probs)[again], torch.cat(ranks)[again]
+
+    def _read(self, batch: PackedBatch, rows: Ints) -> Tensor:
+        """What the model makes of rows of a batch that it reads in one go: (R, D) hidden states after the last norm; of
+        one that reads path after path, (R, V) logits.
+        """
+        if self._regime is not None and self._regime[1]:
+            _forget_lengths(self.base)
+        layout = Layout(batch, self.device)
+        inputs = torch.from_numpy(batch.input_ids).to(self.device).unsqueeze(0)  # (1, T)
+        at = torch.from_numpy(rows).to(self.device)
+        read = {"input_ids": inputs, "position_ids": layout.depth.unsqueeze(0), "use_cache": False}
+        if self.one_by_one:
+            return cast(Tensor, self.base(**read).logits[0][at])
+        with without_masks():
+            return cast(Tensor, self.base.base_model(**read, layout=layout).last_hidden_state[0][at])
 
     def _of_rows(self, hidden: Tensor, row_of: Tensor, ids: Tensor) -> Tensor:
         """(S,) the cross-entropy of targets at rows of hidden states, (R, D)."""
@@ -216,6 +265,22 @@ def cross_entropy(logits: Tensor, row_of: Tensor, ids: Tensor) -> Tensor:
     """
     found: Tensor = _CrossEntropy.apply(logits, row_of, ids)  # type: ignore[no-untyped-call]
     return found
+
+
+def score(logits: Tensor, row_of: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The log-probability and the rank of targets, of which one row may have several.
+
+    Args:
+        logits: (R, V).
+        row_of: (S,), the row of each target.
+        ids: (S,), the targets.
+
+    Returns:
+        (S,) float32 at least, in nats; (S,) int64, one more than the tokens that are more probable.
+    """
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    taken = wide[row_of, ids]
+    return taken - wide.logsumexp(-1)[row_of], 1 + (wide[row_of] > taken[:, None]).sum(-1)
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -395,16 +395,31 @@ def _without_oldest_turn(draft: _Draft) -> _Draft | None:
     system messages stay.
     """
     messages = draft.conversation.messages
-    users = [i for i in range(draft.turn) if messages[i].role == "user"]
-    if len(users) < 2:
+    keep = without_oldest_turn(messages, draft.turn)
+    if keep is None:
         return None
-    keep = [i for i, message in enumerate(messages) if i >= users[1] or message.role in ("system", "developer")]
     return replace(
         draft,
         conversation=replace(draft.conversation, messages=tuple(messages[i] for i in keep)),
         numbers=[draft.numbers[i] for i in keep],
         turn=draft.turn - (len(messages) - len(keep)),
     )
+
+
+def without_oldest_turn(messages: Sequence[Message], end: int | None = None) -> list[int] | None:
+    """The numbers of the messages less the oldest turn: all up to the second user message, but for system messages.
+
+    Args:
+        messages: Of a conversation.
+        end: Turns are counted before this message; None for all.
+
+    Returns:
+        None where there are not two turns.
+    """
+    users = [i for i, message in enumerate(messages[:end]) if message.role == "user"]
+    if len(users) < 2:
+        return None
+    return [i for i, message in enumerate(messages) if i >= users[1] or message.role in ("system", "developer")]
 
 
 def _left_out(draft: _Draft) -> list[str]:

@@ -19,7 +19,7 @@ _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _BETWEEN = "│"
 # White space by signs of its own, other control characters by Unicode's pictures of them, and what turns the direction
 # of writing by a full stop in a box: none of them may act on the terminal.
-_VISIBLE = (
+VISIBLE = (
     {code: 0x2400 + code for code in range(32)}
     | dict.fromkeys([*range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], "⊡")
     | str.maketrans({" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"})
@@ -75,7 +75,7 @@ class TokenText:
         shown = []
         for token_id, weight in zip(map(int, ids), map(float, weights), strict=True):
             text = self(token_id)
-            shown.append(Shown(text.translate(_VISIBLE), token_id, weight, token_id in control, text.endswith("\n")))
+            shown.append(Shown(text.translate(VISIBLE), token_id, weight, token_id in control, text.endswith("\n")))
         return shown
 
 
@@ -117,9 +117,9 @@ def to_text(row: EncodedRecord, texts: TokenText, control: frozenset[int]) -> Te
         + "\n"
     )
     for number, exchange in enumerate(row.exchanges, 1):
-        out.append(_heading(exchange, number, len(row.exchanges)) + "\n", "dim")
+        out.append(heading(exchange, number, len(row.exchanges)) + "\n", "dim")
         trained = 0.0
-        for part, ids, weights in _parts(exchange):
+        for part, ids, weights in parts(exchange):
             for shown in texts.show(ids, weights, control=control):
                 if shown.weight != trained:
                     out.append(("⟧" if trained else "") + _opening(shown.weight), "green")
@@ -135,14 +135,16 @@ def _opening(weight: float) -> str:
     return "" if not weight else "⟦" if weight == 1 else f"⟦×{weight:g} "
 
 
-def _parts(exchange: Exchange) -> Sequence[tuple[str, Any, Any]]:
+def parts(exchange: Exchange) -> Sequence[tuple[str, Any, Any]]:
+    """The name, the ids and the weights of the prompt, then of the completion."""
     return (
         ("prompt", exchange.prompt_ids, exchange.prompt_weights),
         ("completion", exchange.completion_ids, exchange.completion_weights),
     )
 
 
-def _heading(exchange: Exchange, number: int, of: int) -> str:
+def heading(exchange: Exchange, number: int, of: int) -> str:
+    """What an exchange is, in a line: which one of its row, its tokens, its seam."""
     label = f" ({exchange.label})" if exchange.label else ""
     return (
         f"exchange {number} of {of}{label}: {len(exchange.prompt_ids):,} + {len(exchange.completion_ids):,} tokens; "
@@ -171,20 +173,25 @@ p, .p {{ color: #999 }} }}
 
 def to_html(rows: Iterable[EncodedRecord], texts: TokenText, control: frozenset[int]) -> str:
     """Rows as one page that needs nothing beside it."""
+    return _PAGE.format(body=to_fragment(rows, texts, control))
+
+
+def to_fragment(rows: Iterable[EncodedRecord], texts: TokenText, control: frozenset[int]) -> str:
+    """Rows as HTML for a page that has the styles of this one."""
     body: list[str] = []
     for row in rows:
         reason = f": {row.reason}" if row.reason else ""
         body.append(f"<h2>{html.escape(str(row.record.source))}</h2>")
         body.append(f"<p>{html.escape(f'{row.record.shape}, {row.status}{reason}')}</p>")
         for number, exchange in enumerate(row.exchanges, 1):
-            body.append(f"<p>{html.escape(_heading(exchange, number, len(row.exchanges)))}</p>")
+            body.append(f"<p>{html.escape(heading(exchange, number, len(row.exchanges)))}</p>")
             spans = (
                 _span(shown, part)
-                for part, ids, weights in _parts(exchange)
+                for part, ids, weights in parts(exchange)
                 for shown in texts.show(ids, weights, control=control)
             )
             body.append(f'<div class="tokens">{"".join(spans)}</div>')
-    return _PAGE.format(body="\n".join(body))
+    return "\n".join(body)
 
 
 def _span(shown: Shown, part: str) -> str:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from instil.data.options import pairs
 
 
-def _arguments(value: Any) -> Any:
+def arguments(value: Any) -> Any:
     """`name=value,…` with each value read as YAML, so that `false` is no text."""
     given = pairs(value)
     if isinstance(value, dict | str) and isinstance(given, dict):
@@ -34,7 +34,7 @@ class PromptOptions(BaseModel):
         default=None,
         description="Chat template: a built-in name (`instil templates`) or a .jinja file; the tokenizer's own.",
     )
-    template_args: Annotated[dict[str, Any], BeforeValidator(_arguments)] = Field(
+    template_args: Annotated[dict[str, Any], BeforeValidator(arguments)] = Field(
         default_factory=dict, description="Arguments of the template, as enable_thinking=false."
     )
     train_on: Literal["assistant", "last"] = Field(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from torch import nn
 
 from instil.errors import TrainingError
 from instil.model.adapter import trained_parameters
@@ -63,9 +62,8 @@ def check(model: TreeModel, trees: Sequence[TokenTree], rows: Ints | None, *, sh
 
 def _check_positions(model: TreeModel, trees: Sequence[TokenTree]) -> None:
     """Refuse rows that are longer than a table of learned positions (GPT-2, OPT)."""
-    limit = getattr(model.base.config, "max_position_embeddings", None) or 0
-    tables = {each.num_embeddings for each in model.base.modules() if isinstance(each, nn.Embedding)}
-    if not tables & {limit, limit + 2}:  # OPT has two more than it says
+    limit = model.learned_positions
+    if limit is None:
         return
     longer = np.flatnonzero(longest_paths(trees) > limit)
     if len(longer):
