@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-quickstart: $(CORE) ## See Instil at work on the bundled sample data
+quickstart: $(CORE) ## Tune the bundled base model, and see what that taught it
 	$(BIN)/instil quickstart
 
 test: $(DEV) ## Run the tests
@@ -46,10 +46,10 @@ clean: ## Remove the virtual environment and every cache
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# The package alone: what a user installs.
+# The package with what runs a model: what a user installs.
 $(CORE): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing Instil into $(VENV), which takes a minute or two"
-	$(PIP) install -q -c constraints.txt -e .
+	$(PIP) install -q -c constraints.txt -e '.[train]'
 	@touch $@
 
 # The package and all that its development takes; it holds the former.

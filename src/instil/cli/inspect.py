@@ -71,7 +71,7 @@ def _show(records: Records, options: InspectOptions) -> None:
     from instil.prompt.inspect import TokenText, to_html, to_json, to_text
 
     chosen = options.prompt_options()
-    renderer = load_renderer(options.model or options.tokenizer, chosen)
+    renderer = load_renderer(options.model or options.tokenizer, chosen, text=options.objective == "pretrain")
     limits = [limit for limit in (renderer.tokenizer.max_length, options.tokens_per_batch) if limit is not None]
     encoder = RecordEncoder(renderer, chosen, chosen.max_length or min(limits), options.objective)
     for warning in renderer.warnings:

@@ -40,7 +40,8 @@ _COMMANDS = {
     "score": "Show how probable each token of rows is to a model, and its rank, or the likelihood of all rows.",
     "runs": "List the runs below a folder, or show one: its state, its loss, its settings.",
     "templates": "List the built-in chat templates, or show one rendered.",
-    "quickstart": "Show what would be trained on the bundled sample data.",
+    "quickstart": "Tune the bundled base model on the bundled data, and see what that taught it.",
+    "pocket": "Make the bundled base model anew, from nothing.",
 }
 for _name, _help in _COMMANDS.items():  # said here, so that `instil --help` need not load the commands
     app.command(f"instil.cli.{_name}:{_name}", name=_name, help=_help)

@@ -27,9 +27,11 @@ class Progress:
     Args:
         console: Where to show it; standard error if None.
         seconds: Time between two lines where there is no terminal.
+        settings: Whether to show what was resolved first.
     """
 
-    def __init__(self, console: Console | None = None, seconds: float = 10.0) -> None:
+    def __init__(self, console: Console | None = None, seconds: float = 10.0, *, settings: bool = True) -> None:
+        self._settings = settings
         self._console = console or Console(stderr=True, highlight=False)
         self._seconds = seconds
         self._steps = 0
@@ -74,7 +76,8 @@ class Progress:
             self._bar = None
 
     def _start(self, resolved: Resolved) -> None:
-        show_resolved(resolved, self._console)
+        if self._settings:
+            show_resolved(resolved, self._console)
         self._steps = resolved.steps
         if self._console.is_terminal:
             self._bar = Live(self._drawn(0, ""), console=self._console)

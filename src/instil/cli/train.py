@@ -89,7 +89,7 @@ def _show(config: TrainConfig) -> None:
     from instil.cli.progress import show_resolved
     from instil.training import resolve
 
-    _hush()
+    hush()
     show_resolved(resolve(config), Console(highlight=False))
 
 
@@ -103,7 +103,7 @@ def _train(config: TrainConfig) -> None:
     check_trackers(config.trackers)
     from instil.training import train as run
 
-    _hush()
+    hush()
     speaks = os.environ.get("RANK", "0") == "0"  # of several processes that torchrun started
     with Progress() if speaks else nullcontext() as progress, Stopping() as stopping:
         outcome = run(config, [stopping, *([progress] if progress else [])], stopping=stopping.asked)
@@ -115,7 +115,7 @@ def _train(config: TrainConfig) -> None:
         sys.stderr.flush()
 
 
-def _hush() -> None:
+def hush() -> None:
     """No bars of transformers where no one watches: each of their states would be a line of its own."""
     if not sys.stderr.isatty():
         from transformers.utils import logging

@@ -45,11 +45,19 @@ class Step:
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+        self.count = len(lengths)
         self.longest = max(lengths) + 1
+        self.even = min(lengths) + 1 == self.longest
         self.positions = torch.tensor(lengths).to(device)  # (B,)
-        self.rows = torch.arange(len(lengths), device=device)  # (B,)
+        self._rows = None if self.even else torch.arange(self.count, device=device)  # (B,)
         self._masks: dict[tuple[int | None, torch.dtype], Tensor | None] = {}
-        self._even = min(lengths) + 1 == self.longest
+
+    def write(self, kept: Tensor, new: Tensor) -> None:
+        """Put the keys or values of the new tokens, (B, K, 1, D), into slots, (count, K, length, D)."""
+        if self.even:
+            kept[: self.count, :, self.longest - 1] = new[:, :, 0]
+        else:
+            kept[self._rows, :, self.positions] = new[:, :, 0]
 
     def mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
         """(B, 1, 1, L) what is added to the scores: 0 for what a new token sees, -inf else; None if it sees all."""
@@ -59,7 +67,7 @@ class Step:
             at, here = torch.arange(self.longest, device=self.positions.device), self.positions[:, None]
             hidden = at > here if window is None else (at > here) | (here - at >= window)
             found = torch.zeros(hidden.shape, dtype=dtype, device=at.device).masked_fill_(hidden, -torch.inf)
-            self._masks[key] = None if self._even and window is None else found[:, None, None]
+            self._masks[key] = None if self.even and window is None else found[:, None, None]
         return self._masks[key]
 
 
@@ -96,8 +104,8 @@ class Slots:
                     kept[slot, :, : part.shape[1]] = part
             return key, value
         for kept, new in zip(layer, (key, value), strict=True):
-            kept[now.rows, :, now.positions] = new[:, :, 0]
-        keys, values = (kept[: len(now.rows), :, : now.longest] for kept in layer)
+            now.write(kept, new)
+        keys, values = (kept[: now.count, :, : now.longest] for kept in layer)
         return keys, values
 
     def move(self, source: int, target: int, length: int) -> None:
@@ -161,9 +169,16 @@ def attend_cached(
         (1, T, H, E) or (B, 1, H, E), and None for the weights, which are not kept.
     """
     if not isinstance(layout, Step):
-        more = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux, **others}
+        more: dict[str, Any] = {
+            "scaling": scaling,
+            "sliding_window": sliding_window,
+            "softcap": softcap,
+            "s_aux": s_aux,
+            **others,
+        }
         if layout is None or not query.is_cuda or _has_kernel(query, layout, softcap):
-            return attend(module, query, key, value, attention_mask, layout=layout, **more)
+            out: Tensor = attend(module, query, key, value, attention_mask, layout=layout, **more)[0]
+            return out, None
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return by_definition(query, key, value, layout, scale, 0.0, sliding_window, softcap, s_aux), None
     mask = layout.mask(sliding_window, query.dtype)

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -128,11 +128,11 @@ class Engine:
             For each prompt its answers, in order.
 
         Raises:
-            UsageError: A prompt is empty, or fills the model's context.
+            UsageError: A prompt is empty or fills the model's context, or it is to have no tokens for an answer.
         """
         chosen = self.sampling(sampling or SamplingOptions())
         limits = [chosen.max_new_tokens] * len(prompts) if max_new_tokens is None else list(max_new_tokens)
-        self._check(prompts)
+        self._check(prompts, limits)
         jobs = []
         for number, (ids, limit) in enumerate(zip(prompts, limits, strict=True)):
             own = [int(each) for each in ids]  # one list, by which answers to the same prompt are known
@@ -156,8 +156,10 @@ class Engine:
         answers = iter(jobs)
         return [[next(answers).told() for _ in range(chosen.answers)] for _ in prompts]
 
-    def _check(self, prompts: Sequence[Sequence[int]]) -> None:
-        for number, ids in enumerate(prompts):
+    def _check(self, prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> None:
+        for number, (ids, limit) in enumerate(zip(prompts, limits, strict=True)):
+            if limit < 1:
+                raise UsageError(f"prompt {number}: max_new_tokens is {limit}", "Give 1 or more.")
             if not len(ids):
                 raise UsageError(f"prompt {number}: has no tokens", "Give the model something to go on with.")
             if self.context and len(ids) >= self.context:
@@ -297,6 +299,6 @@ def _context(config: Any, tokenizer: Tokenizer) -> int:
 def _free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    import psutil
+    import psutil  # type: ignore[import-untyped]
 
-    return cast(int, psutil.virtual_memory().available)
+    return int(psutil.virtual_memory().available)

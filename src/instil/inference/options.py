@@ -102,7 +102,7 @@ class SamplingOptions(BaseModel):
         own = own if own.get("do_sample") is True else {}
         narrowed = any(each is not None for each in (self.top_k, self.top_p, self.min_p))
         usual = {"temperature": float(bool(own) or narrowed), "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-        found = {}
+        found: dict[str, Any] = {}
         for name, default in {**usual, "repetition_penalty": 1.0}.items():
             given = getattr(self, name)
             value = own.get(name) if given is None else given

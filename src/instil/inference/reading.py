@@ -163,8 +163,8 @@ def forest(prompts: Sequence[Sequence[int]], shared: int) -> tuple[TokenTree, li
     for row in path.tolist():
         ends[row] = len(ids)
     none = np.empty(0, np.int64)
-    rows = [np.array(each, np.int64) for each in (ids, depths, ends)]
-    return TokenTree(*rows, none, none, np.empty(0, np.float32), none, none, none, none), paths
+    laid, depth, end = (np.array(each, np.int64) for each in (ids, depths, ends))
+    return TokenTree(laid, depth, end, none, none, np.empty(0, np.float32), none, none, none, none), paths
 
 
 def reading_alone(model: nn.Module) -> OneReader:
@@ -236,6 +236,9 @@ def _side_by_side(reader: SlotReader) -> list[tuple[list[int], Tensor]]:
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """The tokens that both begin with."""
+    if one == other:
+        return len(one)
     return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from instil.inference.options import Sampling
 
-_LIKELIEST = 1024
-"""Tokens looked at for top-p before all of the vocabulary is sorted."""
+_LIKELIEST = 128
+"""Tokens looked at for top-p; where they do not reach it, eight times as many, and so on."""
 
 
 def noise(seed: int, prompt: int, answer: int, count: int) -> NDArray[np.float64]:
@@ -53,7 +53,7 @@ def candidates(scores: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | Non
 
 
 def _nucleus(scores: Tensor, sampling: Sampling, count: int, narrow: bool) -> tuple[Tensor, Tensor]:
-    """The likeliest `count` tokens, in order, as far as they are needed to reach top-p; all are sorted if these do not.
+    """The likeliest `count` tokens, in order, as far as they are needed to reach top-p; more if these do not.
 
     `narrow`: whether no others are left in any case.
     """
@@ -63,7 +63,7 @@ def _nucleus(scores: Tensor, sampling: Sampling, count: int, narrow: bool) -> tu
     total = (found if narrow else scores).logsumexp(-1, keepdim=True)
     reached = (found - total).exp().cumsum(-1)
     if not narrow and found.shape[-1] < scores.shape[-1] and bool((reached[:, -1] < sampling.top_p).any()):
-        return _nucleus(scores, sampling, scores.shape[-1], narrow)
+        return _nucleus(scores, sampling, 8 * count, narrow)
     before = reached - (found - total).exp()  # what the likelier ones have together
     left = before < sampling.top_p
     left[:, 0] = True

@@ -110,7 +110,7 @@ class TextStream:
             return ""
         new = self._decoder.decode(self._ids)[len(self._before) :].rstrip(_UNFINISHED)
         rest = self._given(new) if new else ""
-        if not self.stopped and self._held:
+        if self._held:
             self._pieces.append(self._held)
             rest, self._held = rest + self._held, ""
         return rest

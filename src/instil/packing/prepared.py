@@ -114,7 +114,7 @@ def prepare(
         UsageError, TokenizerError, TemplateError: An option, the tokenizer or the template cannot be used.
     """
     chosen = prompt_options(options, **changes)
-    renderer = load_renderer(tokenizer, chosen)
+    renderer = load_renderer(tokenizer, chosen, text=records.objective == "pretrain")
     longest = longest_exchange(renderer, chosen, tokens_per_batch)
     encoder = RecordEncoder(renderer, chosen, longest, records.objective, count_roles=count_roles)
     key = None if cache is None else _key(records, encoder)

@@ -1,4 +1,4 @@
-"""What comes with Instil to try it on: sample data of its own, and a tokenizer trained on it on the spot."""
+"""What comes with Instil to try it on: a small base model, the world it knows, and data to tune it with."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,6 +12,16 @@ END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
 
 _DATA = Path(__file__).parent / "data"
+
+
+def model_folder() -> Path:
+    """The bundled base model: it goes on with text about a small world, and follows no instructions."""
+    return Path(__file__).parent / "model"
+
+
+def data_folder() -> Path:
+    """The bundled instruction data: `train.jsonl`, and what is held out of it, `held_out_*.jsonl`."""
+    return _DATA
 
 
 def sample_data() -> list[Path]:
@@ -51,16 +61,7 @@ def save_sample_tokenizer(directory: str | Path) -> Path:
         UsageError: The folder cannot be written, or holds another tokenizer.
     """
     folder = Path(directory)
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": END_OF_TEXT,
-        "pad_token": PADDING,
-        "clean_up_tokenization_spaces": False,
-    }
-    files = {
-        "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
-        "tokenizer.json": train_tokenizer(_sample_texts()).to_str(pretty=True),
-    }
+    files = tokenizer_files(train_tokenizer(_sample_texts()))
     ours = folder / "tokenizer_config.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -73,6 +74,20 @@ def save_sample_tokenizer(directory: str | Path) -> Path:
     except OSError as error:
         raise UsageError(f"{folder}: cannot be written: {error.strerror}", "Name another folder.") from error
     return folder
+
+
+def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
+    """The files that transformers reads a tokenizer of ours from, by name."""
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END_OF_TEXT,
+        "pad_token": PADDING,
+        "clean_up_tokenization_spaces": False,
+    }
+    return {
+        "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
+        "tokenizer.json": tokenizer.to_str(pretty=True),
+    }
 
 
 def _sample_texts() -> Iterator[str]:

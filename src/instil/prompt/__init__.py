@@ -15,7 +15,7 @@ from instil.prompt.encode import EncodedRecord, RecordEncoder
 from instil.prompt.exchange import Exchange
 from instil.prompt.options import PromptOptions
 from instil.prompt.render import Renderer
-from instil.prompt.template import ChatTemplate, builtin_templates, load_template
+from instil.prompt.template import ChatTemplate, builtin_templates, load_template, no_template
 from instil.prompt.tokenizer import Tokenizer, from_transformers, load_tokenizer
 
 __all__ = [
@@ -38,17 +38,20 @@ __all__ = [
 _CHUNK = 64
 
 
-def load_renderer(tokenizer: Any, options: PromptOptions) -> Renderer:
+def load_renderer(tokenizer: Any, options: PromptOptions, *, text: bool = False) -> Renderer:
     """The template that the options choose, bound to a tokenizer.
 
     Args:
         tokenizer: A folder or hub name, a `Tokenizer`, or a fast tokenizer of transformers.
         options: Names the template and its arguments.
+        text: Whether plain text is what it is for: where there is no template, none is needed.
     """
     if isinstance(tokenizer, str | Path):
         tokenizer = load_tokenizer(tokenizer)
     elif not isinstance(tokenizer, Tokenizer):
         tokenizer = from_transformers(tokenizer)
+    if text and options.template is None and not tokenizer.chat_template:
+        return Renderer(no_template(tokenizer), tokenizer)
     return Renderer(load_template(options.template, tokenizer, options.template_args), tokenizer)
 
 
@@ -93,8 +96,8 @@ def exchanges(
         UsageError, TokenizerError, TemplateError: An option, the tokenizer or the template cannot be used.
     """
     chosen = prompt_options(options, **changes)
-    renderer = load_renderer(tokenizer, chosen)
     objective = getattr(records, "objective", None)
+    renderer = load_renderer(tokenizer, chosen, text=objective == "pretrain")
     return _encoded(iter(records), RecordEncoder(renderer, chosen, longest_exchange(renderer, chosen), objective))
 
 

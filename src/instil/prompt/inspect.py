@@ -173,6 +173,11 @@ p, .p {{ color: #999 }} }}
 
 def to_html(rows: Iterable[EncodedRecord], texts: TokenText, control: frozenset[int]) -> str:
     """Rows as one page that needs nothing beside it."""
+    return _PAGE.format(body=to_fragment(rows, texts, control))
+
+
+def to_fragment(rows: Iterable[EncodedRecord], texts: TokenText, control: frozenset[int]) -> str:
+    """Rows as HTML for a page that has the styles of this one."""
     body: list[str] = []
     for row in rows:
         reason = f": {row.reason}" if row.reason else ""
@@ -186,7 +191,7 @@ def to_html(rows: Iterable[EncodedRecord], texts: TokenText, control: frozenset[
                 for shown in texts.show(ids, weights, control=control)
             )
             body.append(f'<div class="tokens">{"".join(spans)}</div>')
-    return _PAGE.format(body="\n".join(body))
+    return "\n".join(body)
 
 
 def _span(shown: Shown, part: str) -> str:

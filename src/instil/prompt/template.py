@@ -136,6 +136,14 @@ def builtin_templates() -> dict[str, Builtin]:
     return found
 
 
+def no_template(tokenizer: Tokenizer) -> ChatTemplate:
+    """What stands where only plain text is trained: it refuses every conversation."""
+    reason = (
+        f"there is no chat template: choose one with --template: {', '.join(builtin_templates())}, or a .jinja file"
+    )
+    return ChatTemplate("none", "{{ raise_exception('" + reason + "') }}", tokenizer.special_tokens)
+
+
 def load_template(
     choice: str | Path | None, tokenizer: Tokenizer, arguments: Mapping[str, Any] | None = None
 ) -> ChatTemplate:

@@ -48,6 +48,14 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 """
 
 
+_USE_TEXT = """\
+tokenizer = {tokenizer_class}.from_pretrained("{name}")
+inputs = tokenizer("The capital of Peru is", return_tensors="pt", return_token_type_ids=False)
+output = model.generate(**inputs, max_new_tokens=32)
+print(tokenizer.decode(output[0], skip_special_tokens=True))
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Example:
     """One exchange that shows how a model is prompted.
@@ -89,7 +97,7 @@ def model_card(provenance: Mapping[str, Any], name: str, example: Example | None
         f"# {name}\n",
         _introduction(provenance),
         "## Use\n\n" + _usage(provenance, name, example),
-        "## Prompt format\n\n" + _prompt_format(provenance, example),
+        *([] if _of_text(provenance) else ["## Prompt format\n\n" + _prompt_format(provenance, example)]),
         "## Training data\n\n" + _data(provenance),
         "## Results\n\n" + _results(provenance, curve),
         *(["## Merged and quantized\n\n" + _compared(compared)] if (compared := provenance.get("comparison")) else []),
@@ -122,6 +130,11 @@ def draw_loss(path: Path, steps: Sequence[Step], evaluations: Sequence[Evaluatio
     return True
 
 
+def _of_text(provenance: Mapping[str, Any]) -> bool:
+    """Whether the model was trained on plain text alone, so that it goes on with text and has no chat template."""
+    return bool(provenance["template"]["name"] == "none")
+
+
 def _front_matter(provenance: Mapping[str, Any]) -> str:
     adapter = provenance["kind"] == "adapter"
     front: dict[str, Any] = {}
@@ -130,7 +143,8 @@ def _front_matter(provenance: Mapping[str, Any]) -> str:
         front["base_model_relation"] = "adapter" if adapter else "finetune"
     front["library_name"] = "peft" if adapter else "transformers"
     front["pipeline_tag"] = "text-generation"
-    front["tags"] = ["instil", "instruction-tuning", "conversational", *(["lora"] if adapter else [])]
+    taught = [] if _of_text(provenance) else ["instruction-tuning", "conversational"]
+    front["tags"] = ["instil", *taught, *(["lora"] if adapter else [])]
     return "---\n" + yaml.safe_dump(front, sort_keys=False) + "---\n"
 
 
@@ -147,7 +161,7 @@ def _introduction(provenance: Mapping[str, Any]) -> str:
 def _usage(provenance: Mapping[str, Any], name: str, example: Example | None) -> str:
     beginning = _USE_ADAPTER if provenance["kind"] == "adapter" else _USE_MODEL
     otherwise = any(note.startswith("AutoTokenizer") for note in provenance["notes"])
-    code = (beginning + _USE).format(
+    code = (beginning + (_USE_TEXT if _of_text(provenance) else _USE)).format(
         tokenizer_class="PreTrainedTokenizerFast" if otherwise else "AutoTokenizer",
         name=name,
         messages=_python([dict(message) for message in example.messages] if example else [_QUESTION.to_wire()]),

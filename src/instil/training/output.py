@@ -235,7 +235,10 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer, template: ChatTemplate) -
     write_json(folder / "tokenizer_config.json", {**config, **named, "tokenizer_class": "PreTrainedTokenizerFast"})
     for stale in ("chat_template.json", "special_tokens_map.json", "added_tokens.json"):
         (folder / stale).unlink(missing_ok=True)
-    (folder / "chat_template.jinja").write_text(template.text, encoding="utf-8", newline="")
+    if template.name == "none":
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
+    else:
+        (folder / "chat_template.jinja").write_text(template.text, encoding="utf-8", newline="")
     if template.tool_text is not None:
         more = folder / "additional_chat_templates"
         more.mkdir(exist_ok=True)

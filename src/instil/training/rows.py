@@ -54,7 +54,7 @@ class Rows:
         """
         base_of(config)  # which says at once if there is none
         options = PromptOptions.model_construct(**{name: getattr(config, name) for name in PromptOptions.model_fields})
-        renderer = load_renderer(config.tokenizer_source(), options)
+        renderer = load_renderer(config.tokenizer_source(), options, text=config.objective == "pretrain")
         prepared, described = _prepared(config, config.data, renderer, options, rejects)
         if config.eval_data:
             evaluated, eval_described = _prepared(config, config.eval_data, renderer, options, rejects)
