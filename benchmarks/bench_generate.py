@@ -3,8 +3,8 @@
     python benchmarks/bench_generate.py [--model DIR] [--repeats N] [--threads N] [--only one|many] [--cpu-time]
 
 one: prompts one at a time. many: prompts of mixed lengths with answers of mixed lengths, transformers sorted by
-length, in its best of several batch sizes and caches. Both must give the same tokens, whose hash is printed. On a machine
-that others use as well, --cpu-time with --threads 1 measures the processor's time in place of the clock's.
+length, in its best of several batch sizes and caches. Both must give the same tokens, whose hash is printed. On a
+machine that others use as well, --cpu-time with --threads 1 measures the processor's time in place of the clock's.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """`instil chat`: prompts answered once, files of prompts, and a conversation in a real terminal."""
 
+import io
 import json
 import os
 import re
@@ -76,9 +77,9 @@ def test_a_prompt_is_answered_once(chat):
     assert "[answer 2]\nThe capital" in chat(prompt="Say it.", answers=2).out
 
 
-def test_standard_input_is_answered_once(instil, model):
-    common = ["chat", "--model", model, "--template", "human-assistant", "--max-new-tokens", "4"]
-    found = json.loads(instil(*common, "--json", stdin="Say\nit.\n", OMP_NUM_THREADS="1").stdout)
+def test_standard_input_is_answered_once(chat, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Say\nit.\n")))
+    found = json.loads(chat(as_json=True).out)
     assert found["messages"][0] == {"role": "user", "content": "Say\nit."}
     assert found["answers"][0]["ended"] == "length"
     assert found["messages"][1] == {"role": "assistant", "content": "The capital of The", "weight": 0.0}
@@ -174,6 +175,15 @@ class Terminal:
         os.close(other)
         self.unread = b""
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self.running.poll() is None:
+            self.running.kill()
+            self.running.wait()
+        os.close(self.end)
+
     def until(self, mark=READY):
         """All that is written before the mark, as text without what steers the terminal."""
         end = time.monotonic() + 120
@@ -201,42 +211,38 @@ _IN_ITS_TERMINAL = (
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
 def test_a_conversation_in_a_terminal(model, tmp_path):
     settings = ["--template", "human-assistant", "--max-new-tokens", "1500", "--stop", " of", "--system", "Be brief."]
-    there = Terminal(tmp_path, "--model", model, *settings)
-    assert 'stop [" of"]' in there.until()
-    assert "The capital\n" in there.ask("Say it.")
-    assert "/retry" in there.ask("/help")
-    assert "did you mean '/retry'?" in there.ask("/rety")
-    assert "did you mean 'temperature'?" in there.ask("/params temprature=1")
-    assert "/params temperature warm: must be a number" in there.ask("/params temperature=warm")
-    assert "System message: Be brief." in there.ask("/system")
-    assert "System message: Be kind." in there.ask("/system Be kind.")
-    assert "Appended to chats.jsonl." in there.ask("/save chats.jsonl")
-    assert "the answer is the same" in there.ask("/retry")
-    there.type("one\\\rtwo\x1b\rthree")  # a backslash before Enter, and Alt-Enter
-    assert "The capital\n" in there.ask("")
-    there.type("thrown away\x03")
-    there.until()
-    assert '"stop": []' not in there.ask("/params stop=")
-    there.type("Go on.\r")
-    there.until(SENT)
-    there.until(b"The capital of")
-    there.type("\x03")
-    assert "(stopped; what was said is kept" in there.until()
-    assert "Appended to chats.jsonl." in there.ask("/save chats.jsonl")
-    assert "The conversation is forgotten." in there.ask("/reset")
-    assert "there is no answer to save" in there.ask("/save chats.jsonl")
-    there.ask("/params max_new_tokens=8 answers=2")
-    assert "[answer 2]\nThe capital of" in there.ask("Say it.")
-    there.ask("/params answers=")
-    long = "The oldest 3 words. " * 25  # a quarter of the context is for an answer: a dozen of these fit
-    for _ in range(20):
-        said = there.ask(long)
-        if "left out" in said:
-            break
-    assert "the oldest turn was left out, so that the prompt fits into the model's context" in said
-    there.type("\x04")
-    assert there.running.wait(60) == 0
-    os.close(there.end)
+    with Terminal(tmp_path, "--model", model, *settings) as there:
+        assert 'stop [" of"]' in there.until()
+        assert "The capital\n" in there.ask("Say it.")
+        assert "/retry" in there.ask("/help")
+        assert "did you mean '/retry'?" in there.ask("/rety")
+        assert "did you mean 'temperature'?" in there.ask("/params temprature=1")
+        assert "/params temperature warm: must be a number" in there.ask("/params temperature=warm")
+        assert "System message: Be brief." in there.ask("/system")
+        assert "System message: Be kind." in there.ask("/system Be kind.")
+        assert "Appended to chats.jsonl." in there.ask("/save chats.jsonl")
+        assert "the answer is the same" in there.ask("/retry")
+        there.type("one\\\rtwo\x1b\rthree")  # a backslash before Enter, and Alt-Enter
+        assert "The capital\n" in there.ask("")
+        there.type("thrown away\x03")
+        there.until()
+        assert "stop []" in there.ask("/params stop=")
+        there.type("Go on.\r")
+        there.until(SENT)
+        there.until(b"The capital of")
+        there.type("\x03")
+        assert "(stopped; what was said is kept" in there.until()
+        assert "Appended to chats.jsonl." in there.ask("/save chats.jsonl")
+        assert "The conversation is forgotten." in there.ask("/reset")
+        assert "there is no answer to save" in there.ask("/save chats.jsonl")
+        there.ask("/params max_new_tokens=8 answers=2")
+        assert "[answer 2]\nThe capital of" in there.ask("Say it.")
+        there.ask("/params answers=")
+        pasted = f"\x1b[200~{'The oldest 3 words. ' * 110}\x1b[201~"
+        said = [there.ask(pasted) for _ in range(4)][-1]
+        assert "left out, so that the prompt fits into the model's context" in said
+        there.type("\x04")
+        assert there.running.wait(60) == 0
     first, second = read(tmp_path / "chats.jsonl")
     said = [(message.role, message.content) for message in second.conversations[0].messages]
     assert [message.role for message in first.conversations[0].messages] == ["system", "user", "assistant"]

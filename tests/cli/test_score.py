@@ -11,7 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from instil.cli import score as command
+from instil.data import read
 from instil.errors import ModelError, TemplateError
+from instil.prompt import PromptOptions, RecordEncoder, load_renderer
+from instil.prompt.inspect import to_json
 
 from .small import make_folder
 
@@ -73,11 +76,9 @@ class Page(html.parser.HTMLParser):
 def test_every_form_says_the_same(score, folder, instil, tmp_path):
     common = ["--model", str(folder / "base"), "--data", str(folder / "rows.jsonl"), "--template", "chatml"]
     exchanges = [json.loads(line) for line in instil("score", *common, "--json").stdout.splitlines()]
-    inspected = instil(
-        *("inspect", "--tokenizer", str(folder / "base"), "--data", str(folder / "rows.jsonl")),
-        *("--template", "chatml", "--json"),
-    ).stdout.splitlines()
-    shown = [json.loads(line) for line in inspected]
+    renderer = load_renderer(str(folder / "base"), PromptOptions(template="chatml"))
+    rows = RecordEncoder(renderer, PromptOptions()).encode(list(read(folder / "rows.jsonl")))
+    shown = [to_json(row) for row in rows]
     assert [each["source"] for each in exchanges] == [row["source"] for row in shown]
     for each, row in zip(exchanges, shown, strict=True):
         expected, tokens = row["exchanges"][0], each["tokens"]

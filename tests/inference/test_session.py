@@ -128,6 +128,39 @@ def test_the_loaded_template_names_its_stop_token(tokenizer):
         assert stop_ids(chat.renderer) == [backend.token_to_id(token)]
 
 
+REASONS = """\
+{#- special_tokens: {"<|im_start|>": "a turn", "<|im_end|>": "its end"} -#}
+{%- for message in messages -%}
+    {{- '<|im_start|>' ~ message.role ~ '\\n' -}}
+    {%- set thought = message.reasoning_content or message.content.rpartition('</think>')[0] -%}
+    {%- if thought and loop.last -%}
+        {{- '<think>\\n' ~ thought.split('<think>')[-1].strip() ~ '\\n</think>\\n\\n' -}}
+    {%- endif -%}
+    {{- message.content.rpartition('</think>')[2].strip() ~ '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\nOPENED' -}}{%- endif -%}
+"""
+
+
+@pytest.mark.parametrize("opened", ["", "<think>\n"])
+def test_reasoning_stands_in_the_answer_and_history_is_as_in_training(tokenizer, tmp_path, opened):
+    """A template that drops the reasoning of history, as Qwen3's does, and one that opens <think> for the model."""
+    template = tmp_path / "reasons.jinja"
+    template.write_text(REASONS.replace("OPENED", opened.replace("\n", "\\n")))
+    chat = chat_of(tokenizer, str(template))
+    assert chat.engine.stop_ids == {chat.renderer.tokenizer.backend.token_to_id("<|im_end|>")}
+    answer = Message("assistant", "Yes.", reasoning_content="Hm, so.")
+    conversation = Conversation((Message("user", "Is it?"), answer, Message("user", "Sure?")))
+    trained = chat.renderer.exchange(conversation, 1)
+    assert trained.prompt.endswith(f"assistant\n{opened}")
+    chat.engine.says = [trained.completion.removesuffix("<|im_end|>")]
+    session = ChatSession(chat)
+    session.send("Is it?")
+    assert "Hm, so.\n</think>\n\nYes." in session.messages[1].content
+    session.send("Sure?")
+    assert chat.engine.prompts[-1] == prompt_ids(chat.renderer, conversation)
+
+
 def test_a_base_model_without_a_template_names_the_flag(tokenizer):
     loaded = Loaded(Scripted(), load_renderer(tokenizer, PromptOptions(template="alpaca")).tokenizer)
     with pytest.raises(TemplateError, match="--template"):

@@ -32,7 +32,7 @@ class GenerationOptions(SamplingOptions):
 
     model: str = Field(description="Model or adapter: a folder or a hub name, with weights in safetensors.")
     as_json: Annotated[bool, Parameter(name="--json", negative=())] = Field(
-        default=False, description="Print a JSON object for each prompt."
+        default=False, description="Print JSON objects, a line each."
     )
     output: Path | None = Field(default=None, description="Write these JSON objects to a new file instead.")
     precision: Literal["auto", "bf16", "fp32"] = Field(
@@ -46,7 +46,7 @@ class GenerationOptions(SamplingOptions):
     @field_validator("*", mode="before")
     @classmethod
     def _is_not_empty(cls, value: Any) -> Any:
-        if value == "" or (isinstance(value, list) and "" in value):
+        if value == "":
             raise ValueError("is empty (a shell variable that is not set?)")
         return value
 

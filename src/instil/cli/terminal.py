@@ -60,19 +60,17 @@ class Terminal:
         while True:
             try:
                 text = self._reader.prompt()
+                if text.strip() == "/exit":
+                    return
+                if text.strip():
+                    self._take(text)
             except EOFError:
                 return
             except KeyboardInterrupt as stop:
                 if type(stop) is not KeyboardInterrupt:  # a signal that ends the process
                     raise
-                continue
-            if text.strip() == "/exit":
-                return
-            if text.strip():
-                try:
-                    self._take(text)
-                except InstilError as error:
-                    _say(str(error))
+            except InstilError as error:
+                _say(str(error))
 
     def _take(self, text: str) -> None:
         """A command, or something to be answered."""

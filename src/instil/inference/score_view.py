@@ -18,7 +18,7 @@ LEVELS = (
     (0.1, "0.1 to 0.5"),
     (0.01, "0.01 to 0.1"),
     (0.001, "0.001 to 0.01"),
-    (0.0, "less"),
+    (0.0, "less than 0.001"),
 )
 """The lowest probability of each shade of the page, and its name in the legend."""
 

@@ -22,6 +22,7 @@ OnAnswer = Callable[[int, str], object]
 
 _SAID = "zqAnswerqz"
 _PROBE = Conversation((Message("user", "a"), Message("assistant", _SAID)))
+_REASONED = Conversation((Message("user", "a"), Message("assistant", _SAID, reasoning_content="a")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,7 +299,7 @@ def frame(renderer: Renderer) -> tuple[str, str]:
     """
     try:
         before, _, after = renderer.exchange(_PROBE, 1).completion.partition(_SAID)
-    except TemplateError:  # it takes no such conversation
+    except TemplateError:  # it takes no such conversation, or an answer begins with reasoning
         return "", ""
     stop = next((token for token in renderer.stop_tokens if after.endswith(token)), "")
     return before, after.removesuffix(stop)
@@ -306,8 +307,9 @@ def frame(renderer: Renderer) -> tuple[str, str]:
 
 def stop_ids(renderer: Renderer) -> list[int]:
     """The tokens that the template ends an answer with, as it shows of a short one."""
-    with suppress(TemplateError):  # it takes no such conversation, or ends its answers in nothing
-        renderer.exchange(_PROBE, 1)
+    for probe in (_PROBE, _REASONED):  # some open <think> for the model, and take no answer without reasoning
+        with suppress(TemplateError):
+            renderer.exchange(probe, 1)
     ids = (renderer.tokenizer.backend.token_to_id(token) for token in renderer.stop_tokens)
     return [each for each in ids if each is not None]
 
