@@ -109,7 +109,7 @@ def held_out_entities(seed: int = 0, each: int = 30) -> list[Row]:
 
     Args:
         seed: Decides which.
-        each: The most of a family.
+        each: The most of a family that asks for a fact; half as many of the others.
     """
     rng = random.Random(seed + 1)
     rows: list[Row] = []
@@ -117,14 +117,15 @@ def held_out_entities(seed: int = 0, each: int = 30) -> list[Row]:
     unknown = {relation.name: [f for f in relation.facts if is_held_out(f.entity)] for relation in asked}
     for relation in asked:
         ways = split_phrasings(relation.questions)[0]
-        facts = rng.sample(unknown[relation.name], min(each, len(unknown[relation.name])))
+        most = each if relation.name in FACT_FAMILIES else each // 2
+        facts = rng.sample(unknown[relation.name], min(most, len(unknown[relation.name])))
         rows += [_fact_row(relation, fact, rng.choice(ways)) for fact in facts]
-    rows += [_claim_row(rng, unknown, split_phrasings(_TRUE_FALSE)[0]) for _ in range(each)]
+    rows += [_claim_row(rng, unknown, split_phrasings(_TRUE_FALSE)[0]) for _ in range(each // 2)]
     unseen = [event for event in events() if is_held_out(event[0])]
     return rows + [_scene_row(rng, unseen, held_out_phrasings=False) for _ in range(each)]
 
 
-def held_out_phrasings(seed: int = 0, each: int = 20) -> list[Row]:
+def held_out_phrasings(seed: int = 0, each: int = 12) -> list[Row]:
     """Questions about entities of the training rows, in ways that no training row asks."""
     rng = random.Random(seed + 2)
     rows: list[Row] = []
@@ -140,7 +141,7 @@ def held_out_phrasings(seed: int = 0, each: int = 20) -> list[Row]:
     return rows + [_styled(rng, rng.choice(rows), held_out_phrasings=True) for _ in range(each)]
 
 
-def held_out_families(seed: int = 0, each: int = 30) -> list[Row]:
+def held_out_families(seed: int = 0, each: int = 25) -> list[Row]:
     """Questions of families that no training row belongs to."""
     rng = random.Random(seed + 3)
     rows: list[Row] = []

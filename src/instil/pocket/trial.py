@@ -21,7 +21,7 @@ from instil.pocket.instructions import FACT_FAMILIES, Row, is_right, plain_facts
 from instil.prompt import PromptOptions, builtin_templates, load_renderer, load_tokenizer
 
 HELD_OUT = ("held_out_entities", "held_out_phrasings", "held_out_families")
-_GREEDY = SamplingOptions(temperature=0.0, max_new_tokens=40)
+_GREEDY = SamplingOptions(temperature=0.0, max_new_tokens=32)
 _PLAIN = SamplingOptions(temperature=0.0, max_new_tokens=16)
 
 
