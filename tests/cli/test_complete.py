@@ -87,7 +87,6 @@ def test_prompts_that_the_model_cannot_take(instil, model):
     ("arguments", "said"),
     [
         (["--prompt", "a"], "--model: is missing"),
-        (["--model", "nowhere", "--prompt", "a"], "nowhere"),
         (["--model", "m", "--prompt", "a", "--top-p", "1.5"], "--top-p 1.5: must be 1 or less"),
         (["--model", "m", "--prompt", "a", "--tempreature", "1"], "did you mean '--temperature'?"),
         (["--model", "m", "--prompt", "a", "--prompts", "b"], "both were given"),

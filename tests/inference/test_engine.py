@@ -150,15 +150,16 @@ def test_sampled_answers_have_the_models_distribution(llama, letters):
 
 
 def test_repetition_is_penalized_as_in_transformers(llama, letters):
+    """In rows whose neighbours leave."""
     prompts = some_prompts()
-    answers = Engine(llama, letters, []).generate(
-        prompts, SamplingOptions(repetition_penalty=1.8, max_new_tokens=10, batch_size=4)
-    )
-    for prompt, (answer,) in zip(prompts, answers, strict=True):
+    limits = [4 + 3 * (number % 3) for number in range(len(prompts))]
+    options = SamplingOptions(repetition_penalty=1.8, batch_size=4)
+    answers = Engine(llama, letters, []).generate(prompts, options, max_new_tokens=limits)
+    for prompt, limit, (answer,) in zip(prompts, limits, answers, strict=True):
         made = llama.generate(
             torch.tensor([prompt]),
             do_sample=False,
-            max_new_tokens=10,
+            max_new_tokens=limit,
             repetition_penalty=1.8,
             pad_token_id=0,
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long),

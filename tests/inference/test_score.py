@@ -120,5 +120,7 @@ def test_what_the_model_cannot_read_is_refused():
     with pytest.raises(ModelError, match="66 tokens is longer than the 64 positions"):
         score_exchanges(reader, [exchange([1] * 60, [2] * 6)])
     assert len(score_exchanges(reader, [exchange([1] * 60, [2] * 5)])[0].ranks) == 65, "the last is only a target"
-    with pytest.raises(ModelError, match="token id 99"):
-        score_exchanges(reader, [exchange([1], [99])])
+    with pytest.raises(ModelError, match="exchange 1: holds the token id 99"):
+        score_exchanges(reader, [exchange([1], [2]), exchange([1], [99])])
+    with pytest.raises(ModelError, match="x:7: an exchange of 66 tokens"):
+        list(score_rows(reader, [record_of((exchange([1] * 60, [2] * 6),), 7)]))

@@ -193,6 +193,13 @@ def test_the_oldest_turns_make_room(tokenizer):
         chat.prompt(Conversation((system, *turns(4), asked)), sampling)
 
 
+def test_a_message_that_is_no_text_is_refused(tokenizer):
+    session = ChatSession(chat_of(tokenizer), system="Be brief.")
+    with pytest.raises(UsageError, match="the user message is not UTF-8"):
+        session.send(b"caf\xe9".decode(errors="surrogateescape"))
+    assert session.messages == []
+
+
 def test_a_tool_turn_goes_with_its_question(tokenizer):
     chat = chat_of(tokenizer)
     call = {"type": "function", "function": {"name": "f", "arguments": {}}}

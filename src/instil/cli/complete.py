@@ -11,6 +11,7 @@ from cyclopts import Parameter
 from pydantic import Field, model_validator
 
 from instil.cli.generating import GenerationOptions, inert, progress, save, shown, standard_input
+from instil.data.strict_json import lone_surrogate
 from instil.errors import DataError, RowProblem, UsageError
 from instil.inference.prompts import Prompt, read_prompts
 
@@ -77,10 +78,15 @@ def _prompts(options: CompleteOptions) -> list[Prompt]:
 
 def _encoded(loaded: Loaded, prompts: Sequence[Prompt]) -> list[list[int]]:
     """The ids of the prompts; all those that cannot be are refused together."""
-    encoded = [loaded.encode(prompt.text) for prompt in prompts]
-    context, problems = loaded.engine.context, []
-    for prompt, ids in zip(prompts, encoded, strict=True):
-        if not ids:
+    encoded, problems = [], []
+    context = loaded.engine.context
+    for prompt in prompts:
+        half = lone_surrogate(prompt.text)  # of bytes in the command line that are no UTF-8
+        ids = [] if half else loaded.encode(prompt.text)
+        encoded.append(ids)
+        if half:
+            problem = "is not UTF-8", "convert the text to UTF-8"
+        elif not ids:
             problem = "is empty, and the tokenizer begins a text with no token of its own", "give some text"
         elif context and len(ids) >= context:
             problem = f"has {len(ids):,} tokens, and the model takes {context:,} with its answer", "shorten it"

@@ -169,9 +169,16 @@ def attend_cached(
         (1, T, H, E) or (B, 1, H, E), and None for the weights, which are not kept.
     """
     if not isinstance(layout, Step):
-        more: dict[str, Any] = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux, **others}
+        more: dict[str, Any] = {
+            "scaling": scaling,
+            "sliding_window": sliding_window,
+            "softcap": softcap,
+            "s_aux": s_aux,
+            **others,
+        }
         if layout is None or not query.is_cuda or _has_kernel(query, layout, softcap):
-            return attend(module, query, key, value, attention_mask, layout=layout, **more)
+            out: Tensor = attend(module, query, key, value, attention_mask, layout=layout, **more)[0]
+            return out, None
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return by_definition(query, key, value, layout, scale, 0.0, sliding_window, softcap, s_aux), None
     mask = layout.mask(sliding_window, query.dtype)

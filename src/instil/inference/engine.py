@@ -128,11 +128,11 @@ class Engine:
             For each prompt its answers, in order.
 
         Raises:
-            UsageError: A prompt is empty, or fills the model's context.
+            UsageError: A prompt is empty or fills the model's context, or it is to have no tokens for an answer.
         """
         chosen = self.sampling(sampling or SamplingOptions())
         limits = [chosen.max_new_tokens] * len(prompts) if max_new_tokens is None else list(max_new_tokens)
-        self._check(prompts)
+        self._check(prompts, limits)
         jobs = []
         for number, (ids, limit) in enumerate(zip(prompts, limits, strict=True)):
             own = [int(each) for each in ids]  # one list, by which answers to the same prompt are known
@@ -156,8 +156,10 @@ class Engine:
         answers = iter(jobs)
         return [[next(answers).told() for _ in range(chosen.answers)] for _ in prompts]
 
-    def _check(self, prompts: Sequence[Sequence[int]]) -> None:
-        for number, ids in enumerate(prompts):
+    def _check(self, prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> None:
+        for number, (ids, limit) in enumerate(zip(prompts, limits, strict=True)):
+            if limit < 1:
+                raise UsageError(f"prompt {number}: max_new_tokens is {limit}", "Give 1 or more.")
             if not len(ids):
                 raise UsageError(f"prompt {number}: has no tokens", "Give the model something to go on with.")
             if self.context and len(ids) >= self.context:

@@ -236,6 +236,9 @@ def _side_by_side(reader: SlotReader) -> list[tuple[list[int], Tensor]]:
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """The tokens that both begin with."""
+    if one == other:
+        return len(one)
     return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 

@@ -159,26 +159,31 @@ def score_rows(model: TreeModel, rows: Iterable[EncodedRecord], tokens_per_batch
 
 
 def _score_together(model: TreeModel, rows: Sequence[EncodedRecord]) -> Iterator[ScoredRow]:
-    scored = iter(score_exchanges(model, [exchange for row in rows for exchange in row.exchanges]))
+    exchanges = [exchange for row in rows for exchange in row.exchanges]
+    names = [str(row.record.source) for row in rows for _ in row.exchanges]
+    scored = iter(score_exchanges(model, exchanges, names))
     for row in rows:
         yield ScoredRow(row, [next(scored) for _ in row.exchanges])
 
 
-def score_exchanges(model: TreeModel, exchanges: Sequence[Exchange]) -> list[ScoredExchange]:
+def score_exchanges(
+    model: TreeModel, exchanges: Sequence[Exchange], names: Sequence[str] | None = None
+) -> list[ScoredExchange]:
     """Score exchanges in one batch, which computes what they begin alike with once, as training does.
 
     Args:
         model: What reads them.
         exchanges: Any, a prompt without a completion too.
+        names: Where each stands, for errors; their numbers if None.
 
     Raises:
         ModelError: An exchange is longer than the positions that the model has learned, or holds an id that it lacks.
     """
+    _check(model, exchanges, names or [f"exchange {number}" for number in range(len(exchanges))])
     paths = [_all_targets(each) for each in exchanges if len(each) > 1]
     found: Iterator[tuple[NDArray[np.float64], Ints]] = iter(())
     if paths:
         forest = merge([TokenTree.from_exchanges([each]) for each in paths])
-        _check(model, forest)
         log_probs, ranks = (each.cpu().numpy() for each in model.scores(forest))  # (S,)
         ends = np.cumsum([len(each) - 1 for each in paths])[:-1]
         found = zip(np.split(log_probs.astype(np.float64), ends), np.split(ranks, ends), strict=True)
@@ -203,21 +208,21 @@ def _all_targets(exchange: Exchange) -> Exchange:
     )
 
 
-def _check(model: TreeModel, forest: TokenTree) -> None:
-    limit = model.learned_positions
-    if limit is not None and forest.longest > limit:
-        raise ModelError(
-            f"an exchange of {forest.longest + 1:,} tokens is longer than the {limit:,} positions that the model has "
-            "learned",
-            f"Give --max-length {limit}, and with --on-too-long what becomes of such rows.",
-        )
-    embeddings = model.base.get_input_embeddings().weight.shape[0]
-    highest = max(int(forest.input_ids.max()), int(forest.target_ids.max()))
-    if highest >= embeddings:
-        raise ModelError(
-            f"a row holds the token id {highest:,}, and the model has {embeddings:,} embeddings",
-            "Encode the rows with the model's own tokenizer.",
-        )
+def _check(model: TreeModel, exchanges: Sequence[Exchange], names: Sequence[str]) -> None:
+    limit, embeddings = model.learned_positions, model.base.get_input_embeddings().weight.shape[0]
+    for name, each in zip(names, exchanges, strict=True):
+        if limit is not None and len(each) - 1 > limit:  # the last token is only predicted
+            raise ModelError(
+                f"{name}: an exchange of {len(each):,} tokens is longer than the {limit:,} positions that the model "
+                "has learned",
+                f"Give --max-length {limit}, and with --on-too-long what becomes of such rows.",
+            )
+        highest = max(int(ids.max(initial=0)) for ids in (each.prompt_ids, each.completion_ids))
+        if highest >= embeddings:
+            raise ModelError(
+                f"{name}: holds the token id {highest:,}, and the model has {embeddings:,} embeddings",
+                "Encode the rows with the model's own tokenizer.",
+            )
 
 
 def _exp(value: float) -> float:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from instil.conversation import Conversation, Message
+from instil.data.strict_json import lone_surrogate
 from instil.errors import TemplateError, UsageError
 from instil.inference.engine import Answer, Ended
 from instil.inference.load import Loaded
@@ -113,8 +114,9 @@ class Chat:
 
         Raises:
             TemplateError: The template refuses the conversation.
-            UsageError: Its last turn alone does not fit.
+            UsageError: Its last turn alone does not fit, or a message is no text.
         """
+        _check_text(conversation)
         context, dropped = self.engine.context, 0
         room = min((sampling or SamplingOptions()).max_new_tokens, context // 4)
         while True:
@@ -312,6 +314,12 @@ def stop_ids(renderer: Renderer) -> list[int]:
             renderer.exchange(probe, 1)
     ids = (renderer.tokenizer.backend.token_to_id(token) for token in renderer.stop_tokens)
     return [each for each in ids if each is not None]
+
+
+def _check_text(conversation: Conversation) -> None:
+    for message in conversation.messages:
+        if lone_surrogate(message.content):  # of bytes in the command line that are no UTF-8
+            raise UsageError(f"the {message.role} message is not UTF-8", "Convert the text to UTF-8.")
 
 
 def _content(text: str, opening: str) -> str:
