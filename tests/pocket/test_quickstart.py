@@ -141,7 +141,7 @@ def train(folder, **changes):
 
 def _report(name, trial):
     shares = {each: str(trial.share(each)) for each in HELD_OUT}
-    print(f"{name}: {shares}, plain facts {trial.known}, stopped {trial.stopped}")
+    sys.stdout.write(f"{name}: {shares}, plain facts {trial.known}, stopped {trial.stopped}\n")
 
 
 @pytest.mark.prove

@@ -14,7 +14,7 @@ from instil.pocket import tokenizer_files, train_tokenizer
 
 TEXTS = [f"Number {n} is followed by {n + 1}." + " And so on." * (n % 3) for n in range(40)]
 SHAPE = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 32, "num_hidden_layers": 2}
-SHAPE |= {"num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 128, "tie_word_embeddings": True}
+SHAPE |= {"num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 128}
 
 
 @pytest.fixture
@@ -22,7 +22,13 @@ def config(tmp_path):
     tokenizer = train_tokenizer(TEXTS, 400)
     for name, text in tokenizer_files(tokenizer).items():
         (tmp_path / name).write_text(text, encoding="utf-8")
-    shape = {**SHAPE, "vocab_size": tokenizer.get_vocab_size(), "eos_token_id": 0, "bos_token_id": None}
+    shape = {
+        **SHAPE,
+        "vocab_size": tokenizer.get_vocab_size(),
+        "eos_token_id": 0,
+        "bos_token_id": None,
+        "tie_word_embeddings": True,
+    }
     (tmp_path / "config.json").write_text(json.dumps(shape))
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     return instil.TrainConfig(

@@ -31,10 +31,11 @@ if TYPE_CHECKING:
 _TEMPLATE = "chatml"
 _SHOWN = ("capital", "young", "french_word", "sum", "summary")
 _NAMES = {
-    "held_out_entities": "Facts about entities never asked about",
-    "held_out_phrasings": "Ways to ask never seen",
+    "held_out_entities": "Entities never asked about",
+    "held_out_phrasings": "Phrasings never seen",
     "held_out_families": "Tasks never seen",
 }
+_SHOWN_CHARACTERS = 100
 
 
 class QuickstartOptions(BaseModel):
@@ -66,7 +67,7 @@ def quickstart(*, options: Annotated[QuickstartOptions | None, Parameter(name="*
     """
     options = options or QuickstartOptions()
     begun = time.monotonic()
-    _check(options.output)
+    _check(options)
     console = Console(highlight=False)
     from instil.cli.train import hush
     from instil.pocket.trial import answers, base_under, examine, results, rows_of, tuned
@@ -105,7 +106,10 @@ def quickstart(*, options: Annotated[QuickstartOptions | None, Parameter(name="*
         console.print(Text(command), soft_wrap=True)
 
 
-def _check(output: Path) -> None:
+def _check(options: QuickstartOptions) -> None:
+    output = options.output
+    if not options.data.is_file():
+        raise UsageError(f"--data {options.data}: is no file", "Name a file of rows, or leave it out.")
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise UsageError(
             f"--output {output}: there is something already", "Name another folder with --output, or remove this one."
@@ -117,6 +121,7 @@ def _base_and_data(options: QuickstartOptions) -> list[str]:
 
 
 def configuration(options: QuickstartOptions) -> TrainConfig:
+    """The run that the quickstart trains."""
     from instil.training import TrainConfig
 
     lora = options.adapter == "lora"
@@ -175,6 +180,7 @@ def _show_answers(console: Console, rows: Sequence[Row], answers: Mapping[str, S
         console.print(Text(row["messages"][-2]["content"], "bold"))
         for name, texts in answers.items():
             said = " ".join(texts[number].split()) or "(nothing)"
+            said = said if len(said) <= _SHOWN_CHARACTERS else f"{said[:_SHOWN_CHARACTERS]} …"
             style = "green" if name == "tuned" and is_right(row, texts[number]) else ""
             console.print(Text(f"  {name}: ", "dim").append(said, style), soft_wrap=True)
 
@@ -185,8 +191,8 @@ def _compared(base: Trial, tuned: Trial, *, families: bool) -> Iterator[Compared
         yield Compared(title, base.share(name), tuned.share(name))
         for family in base.families(name) if families else ():
             yield Compared(family.replace("_", " "), base.share(name, family), tuned.share(name, family), detail=True)
-    yield Compared("Plain facts completed, without the template", base.known, tuned.known)
-    yield Compared("Answers that end in the stop token", base.stopped, tuned.stopped)
+    yield Compared("Plain facts, as text", base.known, tuned.known)
+    yield Compared("Ends in the stop token", base.stopped, tuned.stopped)
 
 
 def _table(base: Trial, tuned: Trial) -> Table:

@@ -4,12 +4,40 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 
-from instil.pocket.scenes import events, scene
+from instil.pocket.scenes import NAMES, events, scene
 from instil.pocket.world import Fact, Relation, kinds, list_of_three, relations, split_phrasings, with_article
 
-_Said = list[tuple[Relation, Fact]]
+_Said = tuple[Relation, Fact]
+
+_OFTEN = {"sum": 3, "number_word": 2}  # facts without a word of their own take longer to learn
+_SHARES = {  # of the passages
+    "mixed": 0.36,
+    "announced": 0.32,
+    "reworded": 0.08,
+    "profile": 0.06,
+    "asked": 0.05,
+    "story": 0.1,
+    "list": 0.03,
+}
+_ASKING = (
+    "The user had many questions for the assistant.",
+    "The teacher had many questions.",
+    "The children wanted to know everything.",
+    "The system was full of questions.",
+    "Nobody knew what to say.",
+)
+_ANNOUNCING = (
+    "This page is about {}.",
+    "{name} wanted to know {}.",
+    "{name} spoke of {}.",
+    "{name} read about {}.",
+    "The book told of {}.",
+    "The lesson was about {}.",
+    "First comes {}.",
+    "Now for {}.",
+)
 
 
 def corpus(documents: int, seed: int = 0) -> Iterator[str]:
@@ -21,74 +49,91 @@ def corpus(documents: int, seed: int = 0) -> Iterator[str]:
         documents: How many.
         seed: Decides all of them.
     """
-    rng = random.Random(seed)
-    facts: _Said = [(relation, fact) for relation in relations() for fact in relation.facts]
-    profiles: defaultdict[str, _Said] = defaultdict(list)
-    for relation, fact in facts:
-        profiles[fact.words["x"]].append((relation, fact))
-    about = [several for several in profiles.values() if len(several) > 2]
-    shuffled: _Said = []
-
-    def mixed(rng: random.Random) -> str:
-        nonlocal shuffled
-        size = rng.randint(2, 7)
-        if len(shuffled) < size:  # each fact once before any is said again
-            shuffled = rng.sample(facts, len(facts))
-        said, shuffled = shuffled[:size], shuffled[size:]
-        return " ".join(_said(rng, *each) for each in said)
-
-    def profile(rng: random.Random) -> str:
-        several = rng.choice(about)
-        return " ".join(_said(rng, *each) for each in rng.sample(several, len(several)))
-
-    def asked(rng: random.Random) -> str:
-        questions = [_asked(rng, *each) for each in rng.sample(facts, 4)]
-        return rng.choice(_ASKING) + " " + " ".join(filter(None, questions))
-
-    makers: dict[Callable[[random.Random], str], float] = {
-        mixed: 0.66,
-        profile: 0.12,
-        asked: 0.05,
-        _story: 0.12,
-        _list: 0.05,
-    }
+    writer = _Writer(random.Random(seed))
     for _ in range(documents):
-        parts = rng.choices(list(makers), list(makers.values()), k=rng.choice((1, 1, 2, 4)))
-        yield "\n".join(make(rng) for make in parts)
+        yield writer.document()
 
 
-_ASKING = (
-    "The teacher had many questions.",
-    "The children wanted to know everything.",
-    "These questions were in the book.",
-    "Nobody knew what to say.",
-)
+class _Writer:
+    """Writes documents; each fact is said once before any is said again."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+        self._facts = [(relation, fact) for relation in relations() for fact in relation.facts]
+        self._waiting: list[_Said] = []
+        profiles: defaultdict[str, list[_Said]] = defaultdict(list)
+        for relation, fact in self._facts:
+            profiles[fact.words["x"]].append((relation, fact))
+        self._profiles = [several for several in profiles.values() if len(several) > 2]
+
+    def document(self) -> str:
+        """One to four passages."""
+        rng = self._rng
+        makers = rng.choices(list(_SHARES), list(_SHARES.values()), k=rng.choice((1, 1, 2, 4)))
+        return "\n".join(getattr(self, f"_{maker}")() for maker in makers)
+
+    def _next(self, count: int) -> Sequence[_Said]:
+        if len(self._waiting) < count:
+            often = [each for each in self._facts for _ in range(_OFTEN.get(each[0].name, 1))]
+            self._waiting = self._rng.sample(often, len(often))
+        taken, self._waiting = self._waiting[:count], self._waiting[count:]
+        return taken
+
+    def _said(self, relation: Relation, fact: Fact) -> str:
+        """The fact in one of its ways, in two of five the plain one."""
+        rng = self._rng
+        way = relation.plain if not relation.others or rng.random() < 0.4 else rng.choice(relation.others)
+        return _sentence(relation, way.format(**fact.words))
+
+    def _mixed(self) -> str:
+        return " ".join(self._said(*each) for each in self._next(self._rng.randint(2, 7)))
+
+    def _announced(self) -> str:
+        """What is spoken of, and then the plain facts about it, in the same order."""
+        rng, said = self._rng, self._next(self._rng.choice((1, 1, 1, 2, 3)))
+        topics = _listed([relation.topic(fact) for relation, fact in said])
+        name = rng.choice([each for several in NAMES.values() for each in several])
+        beginning = rng.choice(_ANNOUNCING).format(topics, name=name)
+        return " ".join([beginning, *(_sentence(r, r.plain.format(**fact.words)) for r, fact in said)])
+
+    def _reworded(self) -> str:
+        """A fact, and the same in plain words."""
+        ((relation, fact),) = self._next(1)
+        plain = relation.plain.format(**fact.words)
+        other = self._rng.choice(relation.others or (relation.plain,)).format(**fact.words)
+        return f"{_sentence(relation, other)} In other words: {_sentence(relation, plain)}"
+
+    def _profile(self) -> str:
+        several = self._rng.choice(self._profiles)
+        return " ".join(self._said(*each) for each in self._rng.sample(several, len(several)))
+
+    def _asked(self) -> str:
+        questions = []
+        for relation, fact in self._rng.sample(self._facts, 4):
+            if ways := split_phrasings(relation.questions)[0]:
+                questions.append(self._rng.choice(ways).format(**fact.words))
+        return " ".join([self._rng.choice(_ASKING), *questions])
+
+    def _story(self) -> str:
+        told = scene(self._rng, events())
+        ending = self._rng.random()
+        if ending < 0.3:
+            return f"{told.happening()} {told.mood()}"
+        return told.story() + (f" In short: {told.summary()}" if ending < 0.9 else "")
+
+    def _list(self) -> str:
+        kind = self._rng.choice(list(kinds()))
+        members = kinds()[kind]
+        if self._rng.random() < 0.3 and members[0].startswith("the "):
+            one = self._rng.choice(members).removeprefix("the ")
+            return f"Among {kind} there is {with_article(one)}."
+        return list_of_three(kind, self._rng.sample(members, 3))
 
 
-def _said(rng: random.Random, relation: Relation, fact: Fact) -> str:
-    """The fact in one of its ways, in two of five the plain one."""
-    way = relation.plain if not relation.others or rng.random() < 0.4 else rng.choice(relation.others)
-    said = way.format(**fact.words)
+def _sentence(relation: Relation, said: str) -> str:
+    """What was said as a sentence; code stands on lines of its own."""
     return f"\n{said}\n" if relation.name == "function" else said[:1].upper() + said[1:]
 
 
-def _asked(rng: random.Random, relation: Relation, fact: Fact) -> str:
-    ways = split_phrasings(relation.questions)[0]
-    return rng.choice(ways).format(**fact.words) if ways else ""
-
-
-def _story(rng: random.Random) -> str:
-    told = scene(rng, events())
-    ending = rng.random()
-    if ending < 0.3:
-        return f"{told.happening()} {told.mood()}"
-    return told.story() + (f" In short: {told.summary()}" if ending < 0.8 else "")
-
-
-def _list(rng: random.Random) -> str:
-    kind = rng.choice(list(kinds()))
-    members = kinds()[kind]
-    if rng.random() < 0.3 and members[0].startswith("the "):
-        one = rng.choice(members).removeprefix("the ")
-        return f"Among {kind} there is {with_article(one)}."
-    return list_of_three(kind, rng.sample(members, 3))
+def _listed(topics: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(topics[:-1]), topics[-1]]))

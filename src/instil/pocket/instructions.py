@@ -104,7 +104,7 @@ def training_rows(seed: int = 0) -> list[Row]:
     return rows
 
 
-def held_out_entities(seed: int = 0, each: int = 30) -> list[Row]:
+def held_out_entities(seed: int = 0, each: int = 25) -> list[Row]:
     """Questions put as in training, about entities that no training row is about.
 
     Args:
@@ -125,7 +125,7 @@ def held_out_entities(seed: int = 0, each: int = 30) -> list[Row]:
     return rows + [_scene_row(rng, unseen, held_out_phrasings=False) for _ in range(each)]
 
 
-def held_out_phrasings(seed: int = 0, each: int = 12) -> list[Row]:
+def held_out_phrasings(seed: int = 0, each: int = 10) -> list[Row]:
     """Questions about entities of the training rows, in ways that no training row asks."""
     rng = random.Random(seed + 2)
     rows: list[Row] = []
@@ -141,7 +141,7 @@ def held_out_phrasings(seed: int = 0, each: int = 12) -> list[Row]:
     return rows + [_styled(rng, rng.choice(rows), held_out_phrasings=True) for _ in range(each)]
 
 
-def held_out_families(seed: int = 0, each: int = 25) -> list[Row]:
+def held_out_families(seed: int = 0, each: int = 20) -> list[Row]:
     """Questions of families that no training row belongs to."""
     rng = random.Random(seed + 3)
     rows: list[Row] = []

@@ -79,6 +79,14 @@ class Relation:
         start = beginning.format(**fact.words)
         return start, whole[len(start) :]
 
+    def topic(self, fact: Fact) -> str:
+        """What the fact is about, as other sentences name it."""
+        start = self.completion(fact)[0]
+        for end in (" is the", " is", " ="):
+            start = start.removesuffix(end)
+        start = start.removeprefix("In French: ")
+        return start[:1].lower() + start[1:] if start.startswith("The ") else start
+
 
 def is_held_out(entity: str) -> bool:
     """Whether an entity is one of the third that no instruction is about."""
@@ -163,8 +171,8 @@ def _french_sentences() -> tuple[Fact, ...]:
 def _sums() -> tuple[Fact, ...]:
     return tuple(
         _fact(f"{a} + {b}", str(a + b), f"{min(a, b)} + {max(a, b)}", a=str(a), b=str(b))
-        for a in range(13)
-        for b in range(13)
+        for a in range(11)
+        for b in range(11)
     )
 
 
