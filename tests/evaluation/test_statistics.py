@@ -42,8 +42,8 @@ def test_a_page_shows_text_as_text():
             warnings=["<u>look"],
         )
     )
-    for given in ("<b>title", "<script>alert", "<i>", "<u>look"):
-        assert given not in page.partition("<body>")[2]
+    for markup in ("<b>title", "<script>alert", "<i>", "<u>look"):
+        assert markup not in page.partition("<body>")[2]
     assert "1 &lt; 2 &amp; 3?" in page
     assert "&amp;amp;" in page
     assert page.count("<details>") == page.count("</details>") == 1

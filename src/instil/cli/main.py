@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from cyclopts import App, Parameter
 from cyclopts.config import Dict
-from cyclopts.exceptions import CycloptsError, UnusedCliTokensError
+from cyclopts.exceptions import CycloptsError, MissingArgumentError, UnusedCliTokensError
 from pydantic import ValidationError
 
 from instil import __version__
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except InstilError as error:
         _fail(_placed(str(error), file, settings, tokens), error.exit_code)
     except CycloptsError as error:
-        _fail(_placed(_explained(error), file, settings, tokens), UsageError.exit_code)
+        _fail(_placed(_explained(error, tokens), file, settings, tokens), UsageError.exit_code)
     except BrokenPipeError:
         _leave(141)
     except SystemExit as error:
@@ -180,11 +180,15 @@ def _check_flags(tokens: Sequence[str]) -> list[str]:
     return [name.removeprefix("--") for name in shown if not name.startswith("--no-")]
 
 
-def _explained(error: CycloptsError) -> str:
+def _explained(error: CycloptsError, tokens: Sequence[str]) -> str:
     """The error as one line for each thing that is wrong, with the flag and the value."""
     invalid: Any = error.__cause__
     if isinstance(error, UnusedCliTokensError):
         return f"{' '.join(error.unused_tokens or ())}: belongs to no flag\n  See what there is with --help."
+    if isinstance(error, MissingArgumentError) and error.argument is not None:
+        name = error.argument.name
+        what = "has no value" if name in tokens else "is missing"
+        return f"{name}: {what}\n  {REMEDIES.get(name.removeprefix('--'), 'See what it takes with --help.')}"
     if not isinstance(invalid, ValidationError):
         return str(error)
     return "\n".join(reason(each) for each in invalid.errors())

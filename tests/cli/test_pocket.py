@@ -1,0 +1,38 @@
+"""`instil pocket build`, as a user runs it."""
+
+import json
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from instil.pocket.corpus import corpus
+
+SMALL = ["--documents", "200", "--vocab-size", "600", "--tokens-per-step", "8192"]
+
+
+def test_a_small_one_is_made_from_nothing(instil, tmp_path):
+    done = instil("pocket", "build", "--output", "made", *SMALL)
+    assert "instil: wrote made" in done.stderr
+    made = tmp_path / "made"
+    texts = [json.loads(line)["text"] for line in (made / "corpus.jsonl").read_text("utf-8").splitlines()]
+    assert texts == list(corpus(200))
+    tokenizer = AutoTokenizer.from_pretrained(made / "model")
+    model = AutoModelForCausalLM.from_pretrained(made / "model")
+    assert model.get_input_embeddings().weight.shape[0] == len(tokenizer) == 600
+    assert model.config.dtype is not None
+    assert str(model.config.dtype).endswith("bfloat16")
+    assert tokenizer.decode(tokenizer(texts[3])["input_ids"]) == texts[3]
+    record = json.loads((made / "model" / "instil.json").read_text())
+    assert record["summary"]["tokens"]["share"] == 1
+    assert record["outcome"]["final_loss"] < record["outcome"]["first_loss"]
+    again = instil("pocket", "build", "--output", "made", *SMALL, code=2)
+    assert "--output made: the folder holds something" in again.stderr
+
+
+def test_what_is_wrong_is_said(instil, tmp_path):
+    assert "build" in instil("pocket", "biuld", "--output", "made", code=2).stderr
+    assert "--output: is missing" in instil("pocket", "build", code=2).stderr
+    assert (
+        "--documents 3: must be 200 or more"
+        in instil("pocket", "build", "--output", "made", "--documents", "3", code=2).stderr
+    )
+    assert not list(tmp_path.glob("made*"))
