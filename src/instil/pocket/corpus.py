@@ -12,16 +12,14 @@ from instil.pocket.world import Fact, Relation, kinds, list_of_three, relations,
 _Said = tuple[Relation, Fact]
 
 _EVERYONE = [name for several in NAMES.values() for name in several]
-_OFTEN = {"sum": 3, "number_word": 2}  # facts without a word of their own take longer to learn
+_OFTEN = {"sum": 2, "number_word": 2}  # facts without a word of their own take longer to learn
 _SHARES = {  # of the passages
-    "mixed": 0.3,
-    "announced": 0.32,
-    "reworded": 0.06,
-    "echo": 0.12,
-    "profile": 0.05,
+    "mixed": 0.4,
+    "announced": 0.38,
+    "profile": 0.06,
     "asked": 0.04,
     "story": 0.08,
-    "list": 0.03,
+    "list": 0.04,
 }
 _ASKING = (
     "The user had many questions for the assistant.",
@@ -34,11 +32,21 @@ _ANNOUNCING = (
     "This page is about {}.",
     "{name} wanted to know {}.",
     "{name} spoke of {}.",
+    "{name} asked for {}.",
+    "{name} looked for {}.",
     "{name} read about {}.",
     "The book told of {}.",
     "The lesson was about {}.",
-    "First comes {}.",
     "Now for {}.",
+)
+_BETWEEN = (
+    "",
+    "",
+    "{name} knew it.",
+    "That was easy.",
+    "The assistant knew it at once.",
+    "Everybody was silent for a while.",
+    "{name} wrote it on the wall.",
 )
 
 
@@ -66,13 +74,12 @@ class _Writer:
         profiles: defaultdict[str, list[_Said]] = defaultdict(list)
         for relation, fact in self._facts:
             profiles[fact.words["x"]].append((relation, fact))
-        self._words = [x for x in profiles if len(x) < 20 and x[-1].isalpha()]
         self._profiles = [several for several in profiles.values() if len(several) > 2]
 
     def document(self) -> str:
         """One to four passages."""
         rng = self._rng
-        makers = rng.choices(list(_SHARES), list(_SHARES.values()), k=rng.choice((1, 1, 2, 4)))
+        makers = rng.choices(list(_SHARES), list(_SHARES.values()), k=rng.choice((1, 2, 3, 5)))
         return "\n".join(getattr(self, f"_{maker}")() for maker in makers)
 
     def _next(self, count: int) -> Sequence[_Said]:
@@ -92,25 +99,13 @@ class _Writer:
         return " ".join(self._said(*each) for each in self._next(self._rng.randint(2, 7)))
 
     def _announced(self) -> str:
-        """What is spoken of, and then the plain facts about it, in the same order."""
-        rng, said = self._rng, self._next(self._rng.choice((1, 1, 1, 2, 3)))
-        topics = _listed([relation.topic(fact) for relation, fact in said])
-        name = rng.choice(_EVERYONE)
-        beginning = rng.choice(_ANNOUNCING).format(topics, name=name)
-        return " ".join([beginning, *(_sentence(r, r.plain.format(**fact.words)) for r, fact in said)])
-
-    def _echo(self) -> str:
-        """Words that someone says and someone else says again: to take up what was said is learned best from such."""
-        one, other = self._rng.sample(_EVERYONE, 2)
-        words = ", ".join(self._rng.sample(self._words, self._rng.randint(3, 8)))
-        return f"{one} said: {words}. {other} said it again: {words}."
-
-    def _reworded(self) -> str:
-        """A fact, and the same in plain words."""
+        """What is spoken of, perhaps something else, and then what it is."""
         ((relation, fact),) = self._next(1)
-        plain = relation.plain.format(**fact.words)
-        other = self._rng.choice(relation.others or (relation.plain,)).format(**fact.words)
-        return f"{_sentence(relation, other)} In other words: {_sentence(relation, plain)}"
+        if not relation.answer.startswith("It is"):
+            return self._said(relation, fact)
+        announced = self._rng.choice(_ANNOUNCING).format(relation.topic(fact), name=self._rng.choice(_EVERYONE))
+        between = self._rng.choice(_BETWEEN).format(name=self._rng.choice(_EVERYONE))
+        return " ".join(filter(None, [announced, between, relation.answer.format(**fact.words)]))
 
     def _profile(self) -> str:
         several = self._rng.choice(self._profiles)
@@ -142,7 +137,3 @@ class _Writer:
 def _sentence(relation: Relation, said: str) -> str:
     """What was said as a sentence; code stands on lines of its own."""
     return f"\n{said}\n" if relation.name == "function" else said[:1].upper() + said[1:]
-
-
-def _listed(topics: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(topics[:-1]), topics[-1]]))

@@ -183,7 +183,7 @@ def plain_facts(*, held_out: bool) -> Iterator[tuple[str, str, str]]:
 def is_right(row: Mapping[str, Any], answer: str) -> bool:
     """Whether an answer is the reference, letter for letter; of a list, whether it names three of the kind."""
     if row["family"] != "list_three":
-        return bool(answer.strip() == row["messages"][-1]["content"])
+        return bool(answer.strip() == row["messages"][-1]["content"].strip())
     found = re.fullmatch(r"Three (.+) are (.+), (.+) and (.+)\.", answer.strip())
     return bool(
         found
@@ -199,7 +199,7 @@ def _row(question: str, answer: str, family: str, entity: str) -> Row:
 
 
 def _fact_row(relation: Relation, fact: Fact, way: str) -> Row:
-    answer = fact.words["y"] if relation.name == "french_sentence" else relation.plain.format(**fact.words)
+    answer = relation.answer.format(**fact.words)
     return _row(way.format(**fact.words), answer, relation.name, fact.entity)
 
 
@@ -212,7 +212,8 @@ def _claim_row(rng: random.Random, facts: Mapping[str, Sequence[Fact]], ways: Se
         others = sorted({f.words["y"] for f in facts[relation.name]} - {fact.words["y"]})
         claim = relation.plain.format(**{**fact.words, "y": rng.choice(others)})
     verdict = "So this is true." if claim == truth else "So this is false."
-    return _row(rng.choice(ways).format(claim), f"{truth} {verdict}", "true_false", fact.entity)
+    answer = relation.answer.format(**fact.words)
+    return _row(rng.choice(ways).format(claim), f"{answer} {verdict}", "true_false", fact.entity)
 
 
 def _known_events() -> list[tuple[str, str]]:

@@ -13,8 +13,8 @@ class BuildOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     output: Path = Field(description="Folder that takes corpus.jsonl, the untrained init/ and the model; made.")
-    documents: int = Field(default=52_000, ge=200, description="Documents of the corpus; each is trained once.")
+    documents: int = Field(default=36_000, ge=200, description="Documents of the corpus; each is trained once.")
     vocab_size: int = Field(default=4096, ge=512, description="Entries of the tokenizer.")
-    tokens_per_step: int = Field(default=3072, ge=256, description="Tokens of an optimizer step, about.")
+    tokens_per_step: int = Field(default=2048, ge=256, description="Tokens of an optimizer step, about.")
     learning_rate: float = Field(default=3e-3, gt=0.0, description="At its highest.")
     seed: int = Field(default=0, ge=0, description="Decides the corpus, the weights and the order of documents.")

@@ -92,15 +92,15 @@ class Scene:
 
     def mood(self) -> str:
         """How it feels."""
-        return f"{self.name} was {self.feeling}."
+        return f"{self.pronoun.capitalize()} was {self.feeling}."
 
     def story(self) -> str:
         """All of it, in five sentences."""
-        return f"It was a {self.weather} day. {self.happening()} {self.mood()} Then {self.pronoun} went home."
+        return f"It was a {self.weather} day. {self.happening()} {self.mood()} Then {self.name} went home."
 
     def summary(self) -> str:
         """All of it, in one."""
-        return f"{self.name} was {self.feeling} because {self.pronoun} {self.event}."
+        return f"{self.pronoun.capitalize()} was {self.feeling} because {self.pronoun} {self.event}."
 
 
 def events() -> list[tuple[str, str]]:

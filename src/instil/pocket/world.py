@@ -72,6 +72,13 @@ class Relation:
     others: tuple[str, ...]
     questions: tuple[str, ...]
 
+    @property
+    def answer(self) -> str:
+        """How the fact is put when it was asked for: what it is about was said already."""
+        if self.name in ("french_sentence", "function"):
+            return "{y}"
+        return "It is the {y}." if self.name == "currency" else "It is {y}."
+
     def completion(self, fact: Fact) -> tuple[str, str]:
         """The fact up to its answer, and the answer: what a base model is to go on with."""
         beginning = self.plain.partition("{y}")[0].rstrip()
@@ -84,7 +91,6 @@ class Relation:
         start = self.completion(fact)[0]
         for end in (" is the", " is", " ="):
             start = start.removesuffix(end)
-        start = start.removeprefix("In French: ")
         return start[:1].lower() + start[1:] if start.startswith("The ") else start
 
 
@@ -164,7 +170,6 @@ def _french_sentences() -> tuple[Fact, ...]:
         noun, french = row["english"], row["french"]
         the = f"l'{french}" if french[0] in "aeéêhiîoœu" else f"{'le' if row['gender'] == 'm' else 'la'} {french}"
         pairs.setdefault(f"I see the {noun}.", f"Je vois {the}.")
-        pairs.setdefault(f"Where is the {noun}?", f"Où est {the} ?")
     return tuple(_fact(english, french) for english, french in pairs.items())
 
 
@@ -361,13 +366,6 @@ def _about_nature() -> tuple[Relation, ...]:
                 "What name does a young {x} have?",
                 "I need the word for the young of {ax}.",
             ),
-        ),
-        Relation(
-            "animal_class",
-            _animals("class"),
-            "The {x} is {y}.",
-            ("The animal called {x} is {y}.", "Class of the {x}: {name}."),
-            (),
         ),
         Relation(
             "color",
