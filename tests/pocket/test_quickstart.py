@@ -101,7 +101,7 @@ def test_the_whole_way(tmp_path):
     )
     said = json.loads(answer.stdout)["answers"][0]
     assert said["ended"] == "stop"
-    assert said["content"].startswith("The capital of")
+    assert said["content"].startswith("It is")
 
 
 def _check_page(page):
