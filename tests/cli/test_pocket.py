@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from instil.pocket.corpus import corpus
@@ -9,19 +10,24 @@ from instil.pocket.corpus import corpus
 SMALL = ["--documents", "200", "--vocab-size", "600", "--tokens-per-step", "8192"]
 
 
+@pytest.mark.prove
 def test_a_small_one_is_made_from_nothing(instil, tmp_path):
     done = instil("pocket", "build", "--output", "made", *SMALL)
     assert "instil: wrote made" in done.stderr
     made = tmp_path / "made"
-    texts = [json.loads(line)["text"] for line in (made / "corpus.jsonl").read_text("utf-8").splitlines()]
+    texts, later = (
+        [json.loads(line)["text"] for line in (made / f"{name}.jsonl").read_text("utf-8").splitlines()]
+        for name in ("first", "second")
+    )
     assert texts == list(corpus(200))
-    tokenizer = AutoTokenizer.from_pretrained(made / "model")
-    model = AutoModelForCausalLM.from_pretrained(made / "model")
+    assert later == list(corpus(50, 1, lines=True))
+    tokenizer = AutoTokenizer.from_pretrained(made / "second")
+    model = AutoModelForCausalLM.from_pretrained(made / "second")
     assert model.get_input_embeddings().weight.shape[0] == len(tokenizer) == 600
     assert model.config.dtype is not None
     assert str(model.config.dtype).endswith("bfloat16")
     assert tokenizer.decode(tokenizer(texts[3])["input_ids"]) == texts[3]
-    record = json.loads((made / "model" / "instil.json").read_text())
+    record = json.loads((made / "second" / "instil.json").read_text())
     assert record["summary"]["tokens"]["share"] == 1
     assert record["outcome"]["final_loss"] < record["outcome"]["first_loss"]
     again = instil("pocket", "build", "--output", "made", *SMALL, code=2)

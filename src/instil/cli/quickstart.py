@@ -132,7 +132,7 @@ def configuration(options: QuickstartOptions) -> TrainConfig:
         output=options.output,
         adapter=options.adapter,
         prompt_weight=options.prompt_weight,
-        epochs=2.0,
+        epochs=1.0,
         tokens_per_step=2048,
         tokens_per_batch=4096,
         learning_rate=5e-3 if lora else 1e-3,

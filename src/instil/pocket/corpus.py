@@ -39,6 +39,7 @@ _ANNOUNCING = (
     "The lesson was about {}.",
     "Now for {}.",
 )
+_BREAKS = (" ", "\n", "\n", "\n\n")
 _BETWEEN = (
     "",
     "",
@@ -50,7 +51,7 @@ _BETWEEN = (
 )
 
 
-def corpus(documents: int, seed: int = 0) -> Iterator[str]:
+def corpus(documents: int, seed: int = 0, *, lines: bool = False) -> Iterator[str]:
     """Documents of the small world, each of a few sentences, about one thing or several.
 
     No document answers a question, and no way of asking is used that the instruction data holds out.
@@ -58,8 +59,9 @@ def corpus(documents: int, seed: int = 0) -> Iterator[str]:
     Args:
         documents: How many.
         seed: Decides all of them.
+        lines: Whether what is spoken of and what it is may stand on lines of their own, as in a dialogue.
     """
-    writer = _Writer(random.Random(seed))
+    writer = _Writer(random.Random(seed), lines=lines)
     for _ in range(documents):
         yield writer.document()
 
@@ -67,8 +69,9 @@ def corpus(documents: int, seed: int = 0) -> Iterator[str]:
 class _Writer:
     """Writes documents; each fact is said once before any is said again."""
 
-    def __init__(self, rng: random.Random) -> None:
+    def __init__(self, rng: random.Random, *, lines: bool) -> None:
         self._rng = rng
+        self._lines = lines
         self._facts = [(relation, fact) for relation in relations() for fact in relation.facts]
         self._waiting: list[_Said] = []
         profiles: defaultdict[str, list[_Said]] = defaultdict(list)
@@ -105,7 +108,8 @@ class _Writer:
             return self._said(relation, fact)
         announced = self._rng.choice(_ANNOUNCING).format(relation.topic(fact), name=self._rng.choice(_EVERYONE))
         between = self._rng.choice(_BETWEEN).format(name=self._rng.choice(_EVERYONE))
-        return " ".join(filter(None, [announced, between, relation.answer.format(**fact.words)]))
+        said = filter(None, [announced, between, relation.answer.format(**fact.words)])
+        return (self._rng.choice(_BREAKS) if self._lines else " ").join(said)
 
     def _profile(self) -> str:
         several = self._rng.choice(self._profiles)

@@ -12,7 +12,9 @@ class BuildOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    output: Path = Field(description="Folder that takes corpus.jsonl, the untrained init/ and the model; made.")
+    output: Path = Field(
+        description="Folder that takes the corpora, init/, first/ and second/, which is the model; made."
+    )
     documents: int = Field(default=36_000, ge=200, description="Documents of the corpus; each is trained once.")
     vocab_size: int = Field(default=4096, ge=512, description="Entries of the tokenizer.")
     tokens_per_step: int = Field(default=2048, ge=256, description="Tokens of an optimizer step, about.")
