@@ -135,7 +135,7 @@ def configuration(options: QuickstartOptions) -> TrainConfig:
         epochs=1.0,
         tokens_per_step=2048,
         tokens_per_batch=4096,
-        learning_rate=5e-3 if lora else 1e-3,
+        learning_rate=5e-3 if lora else 5e-4,
         warmup=0.05,
         keep_checkpoints=0,
         seed=options.seed,
