@@ -400,27 +400,6 @@ def test_templates_lists_and_shows(instil):
     assert "did you mean 'chatml'?" in instil("templates", "ChatML", code=2).stderr
 
 
-def test_quickstart(instil, tmp_path):
-    done = instil("quickstart")
-    assert "⟦The│·capital" in done.stdout
-    assert "143 read, 143 kept" in done.stdout
-    assert (tmp_path / "instil-quickstart" / "tokenizer" / "tokenizer.json").exists()
-    commands = [line[2:].split() for line in done.stdout.splitlines() if line.startswith("$ instil")]
-    assert len(commands) == 4
-    assert instil(*commands[0][1:]).stdout in done.stdout
-    section = done.stdout.partition("A conversation of several turns")[2].partition("$ instil inspect")[2]
-    assert "<tool_call>" in section.partition("All of the data")[0].replace("│", "")
-    assert "--tokenizer instil-quickstart/tokenizer" in done.stdout
-    (tmp_path / "file").write_text("mine")
-    (tmp_path / "own" / "tokenizer").mkdir(parents=True)
-    (tmp_path / "own" / "tokenizer" / "tokenizer.json").write_text("mine")
-    for output in ("file", "own", ""):
-        failed = instil("quickstart", "--output", output, code=2)
-        assert failed.stdout == ""
-        assert failed.stderr.startswith("instil: ")
-    assert (tmp_path / "own" / "tokenizer" / "tokenizer.json").read_text() == "mine"
-
-
 def test_the_sample_data_is_read_whole(instil, tokenizer):
     data = [str(path) for path in sample_data()]
     summary = json.loads(

@@ -42,3 +42,17 @@ def test_what_is_wrong_is_said(instil, tmp_path):
         in instil("pocket", "build", "--output", "made", "--documents", "3", code=2).stderr
     )
     assert not list(tmp_path.glob("made*"))
+
+
+def test_the_quickstart_takes_nothing_away(instil, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "notes.txt").write_text("mine")
+    for output in ("file", "own"):
+        failed = instil("quickstart", "--output", output, code=2)
+        assert failed.stdout == ""
+        assert failed.stderr.startswith(f"instil: --output {output}: there is something already")
+    assert (tmp_path / "own" / "notes.txt").read_text() == "mine"
+    assert "--output '': is empty" in instil("quickstart", "--output", "", code=2).stderr
+    assert "--data none.jsonl: is no file" in instil("quickstart", "--data", "none.jsonl", code=2).stderr
+    assert list(tmp_path.glob("instil-quickstart")) == []

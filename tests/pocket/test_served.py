@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import instil
 from instil.inference.session import Chat
-from instil.pocket import data_folder, model_folder, sample_data
+from instil.pocket import data_folder, model_folder
 from instil.pocket.instructions import SETS
 from instil.pocket.trial import base_under
 
@@ -12,7 +12,7 @@ from instil.pocket.trial import base_under
 def test_the_chat_sends_what_training_saw():
     loaded = base_under(model_folder(), "chatml")
     chat = Chat(loaded)
-    files = [*(data_folder() / f"{name}.jsonl" for name in SETS), *sample_data()]
+    files = [data_folder() / f"{name}.jsonl" for name in SETS]
     sent = 0
     for row in instil.exchanges(instil.read(files), loaded.tokenizer, template="chatml"):
         assert not row.problems
@@ -28,4 +28,4 @@ def test_the_chat_sends_what_training_saw():
             assert completion[-1] in chat.engine.stop_ids
             assert not chat.engine.stop_ids & set(completion[:-1])
             sent += 1
-    assert sent > 6000
+    assert sent > 5500

@@ -9,10 +9,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
@@ -58,6 +58,13 @@ class QuickstartOptions(BaseModel):
         description="Weight of the prompt in the loss; 1 is unmasked.",
     )
     seed: int = Field(default=0, ge=0, description="Decides everything random.")
+
+    @field_validator("output", "data", mode="before")
+    @classmethod
+    def _is_not_empty(cls, value: Any) -> Any:
+        if value in ("", Path()):
+            raise ValueError("is empty (a shell variable that is not set?)")
+        return value
 
 
 def quickstart(*, options: Annotated[QuickstartOptions | None, Parameter(name="*")] = None) -> None:
