@@ -151,18 +151,19 @@ def test_tuned_it_answers(base, tmp_path, seed):
     after = train(tmp_path, seed=seed)
     _report(f"seed {seed}", after)
     # the aims are 0.90, 0.80 and a loss of 0.03
-    assert after.share("held_out_entities").mean >= 0.35
-    assert after.share("held_out_phrasings").mean >= 0.35
-    assert after.share("held_out_families").mean >= 0.40
-    assert after.stopped.mean == 1
+    assert after.share("held_out_entities").mean >= 0.45
+    assert after.share("held_out_phrasings").mean >= 0.40
+    assert after.share("held_out_families").mean >= 0.50
+    assert after.stopped.mean >= 0.97
     assert after.known.mean >= base.known.mean - 0.15
 
 
 @pytest.mark.prove
-def test_an_adapter_is_reported(base, tmp_path):
-    lora = train(tmp_path, adapter="lora")
-    _report("lora", lora)
-    assert lora.share("held_out_phrasings").low > base.share("held_out_phrasings").high
+def test_all_weights_trained_are_reported(base, tmp_path):
+    full = train(tmp_path, adapter="none")
+    _report("all weights", full)
+    for name in ("held_out_entities", "held_out_phrasings", "held_out_families"):
+        assert full.share(name).low > base.share(name).high + 0.2
 
 
 @pytest.mark.prove

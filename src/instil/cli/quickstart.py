@@ -50,7 +50,9 @@ class QuickstartOptions(BaseModel):
     data: Path = Field(
         default=data_folder() / "train.jsonl", description="Rows to tune with, in place of the bundled ones."
     )
-    adapter: Literal["none", "lora"] = Field(default="none", description="Train all weights, or a LoRA adapter.")
+    adapter: Literal["none", "lora"] = Field(
+        default="lora", description="Train all weights, or a LoRA adapter, which is merged."
+    )
     prompt_weight: float = Field(
         default=0.0,
         ge=0.0,
@@ -138,6 +140,7 @@ def configuration(options: QuickstartOptions) -> TrainConfig:
         template=_TEMPLATE,
         output=options.output,
         adapter=options.adapter,
+        merge_adapter=lora,
         prompt_weight=options.prompt_weight,
         epochs=1.0,
         tokens_per_step=2048,
