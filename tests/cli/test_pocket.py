@@ -29,7 +29,8 @@ def test_a_small_one_is_made_from_nothing(instil, tmp_path):
     assert tokenizer.decode(tokenizer(texts[3])["input_ids"]) == texts[3]
     record = json.loads((made / "second" / "instil.json").read_text())
     assert record["summary"]["tokens"]["share"] == 1
-    assert record["outcome"]["final_loss"] < record["outcome"]["first_loss"]
+    before = json.loads((made / "first" / "instil.json").read_text())
+    assert record["outcome"]["final_loss"] < before["outcome"]["first_loss"]
     again = instil("pocket", "build", "--output", "made", *SMALL, code=2)
     assert "--output made: the folder holds something" in again.stderr
 
