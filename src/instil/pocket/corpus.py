@@ -80,7 +80,7 @@ class _Writer:
         self._profiles = [several for several in profiles.values() if len(several) > 2]
 
     def document(self) -> str:
-        """One to four passages."""
+        """One to five passages."""
         rng = self._rng
         makers = rng.choices(list(_SHARES), list(_SHARES.values()), k=rng.choice((1, 2, 3, 5)))
         return "\n".join(getattr(self, f"_{maker}")() for maker in makers)

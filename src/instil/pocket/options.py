@@ -15,7 +15,7 @@ class BuildOptions(BaseModel):
     output: Path = Field(
         description="Folder that takes the corpora, init/, first/ and second/, which is the model; made."
     )
-    documents: int = Field(default=36_000, ge=200, description="Documents of the corpus; each is trained once.")
+    documents: int = Field(default=36_000, ge=200, description="Documents of the first part; the second has a quarter.")
     vocab_size: int = Field(default=4096, ge=512, description="Entries of the tokenizer.")
     tokens_per_step: int = Field(default=2048, ge=256, description="Tokens of an optimizer step, about.")
     learning_rate: float = Field(default=3e-3, gt=0.0, description="At its highest.")
