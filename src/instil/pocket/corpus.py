@@ -7,7 +7,17 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from instil.pocket.scenes import NAMES, events, scene
-from instil.pocket.world import Fact, Relation, kinds, list_of_three, relations, split_phrasings, with_article
+from instil.pocket.world import (
+    CLAIMED,
+    Fact,
+    Relation,
+    claim,
+    kinds,
+    list_of_three,
+    relations,
+    split_phrasings,
+    with_article,
+)
 
 _Said = tuple[Relation, Fact]
 
@@ -20,6 +30,15 @@ _SHARES = {  # of the passages
     "asked": 0.04,
     "story": 0.08,
     "list": 0.04,
+}
+_SHARES_OF_PAGES = {
+    "mixed": 0.3,
+    "announced": 0.8,
+    "profile": 0.05,
+    "asked": 0.08,
+    "claimed": 0.08,
+    "story": 0.12,
+    "list": 0.06,
 }
 _ASKING = (
     "The user had many questions for the assistant.",
@@ -39,7 +58,22 @@ _ANNOUNCING = (
     "The lesson was about {}.",
     "Now for {}.",
 )
-_BREAKS = (" ", "\n", "\n", "\n\n")
+_ANNOUNCING_LATER = (  # in the second part
+    "{name} needed {}.",
+    "{name} had to know {}.",
+    "{name} thought of {}.",
+    "Somebody asked about {}.",
+    "Next came {}.",
+    "Here is {}.",
+)
+_APART = (
+    "{thing} came up, and its {what}.",
+    "{name} spoke of {thing} and its {what}.",
+    "{thing}: {name} asked for its {what}.",
+    "{thing}: this is about its {what}.",
+    "Of {thing} they wanted the {what}.",
+    "{thing}, {what}.",
+)
 _BETWEEN = (
     "",
     "",
@@ -49,6 +83,58 @@ _BETWEEN = (
     "Everybody was silent for a while.",
     "{name} wrote it on the wall.",
 )
+_SPACES = (" ", " ", "\n", "\n", "\n\n", "\t")
+_MARKS = (
+    *(
+        "#",
+        "##",
+        "###",
+        "---",
+        "***",
+        "*",
+        "|",
+        "||",
+        "[",
+        "]",
+        "<",
+        ">",
+        "</",
+        "/>",
+        "{{",
+        "}}",
+        "(",
+        ")",
+        ":",
+        "::",
+        "=",
+        "==",
+    ),
+    *(
+        "...",
+        "/",
+        "\\",
+        "_",
+        "~",
+        "%",
+        "@",
+        "&",
+        "1.",
+        "2.",
+        "Q",
+        "A",
+        "Q:",
+        "A:",
+        "-",
+        "--",
+        "+",
+        "^",
+        "$",
+        ";",
+        "!",
+        "?",
+    ),
+)
+_ROLES = ("user", "assistant", "system", "human", "teacher", "child", "question", "answer", "page", "response", "input")
 
 
 def corpus(documents: int, seed: int = 0, *, lines: bool = False) -> Iterator[str]:
@@ -82,7 +168,8 @@ class _Writer:
     def document(self) -> str:
         """One to five passages."""
         rng = self._rng
-        makers = rng.choices(list(_SHARES), list(_SHARES.values()), k=rng.choice((1, 2, 3, 5)))
+        shares = _SHARES_OF_PAGES if self._lines else _SHARES
+        makers = rng.choices(list(shares), list(shares.values()), k=rng.choice((1, 2, 3, 5)))
         return "\n".join(getattr(self, f"_{maker}")() for maker in makers)
 
     def _next(self, count: int) -> Sequence[_Said]:
@@ -104,12 +191,56 @@ class _Writer:
     def _announced(self) -> str:
         """What is spoken of, perhaps something else, and then what it is."""
         ((relation, fact),) = self._next(1)
+        if self._lines:
+            return self._apart(self._announcement(relation, fact), relation.answer.format(**fact.words))
         if not relation.answer.startswith("It is"):
             return self._said(relation, fact)
-        announced = self._rng.choice(_ANNOUNCING).format(relation.topic(fact), name=self._rng.choice(_EVERYONE))
-        between = self._rng.choice(_BETWEEN).format(name=self._rng.choice(_EVERYONE))
-        said = filter(None, [announced, between, relation.answer.format(**fact.words)])
-        return (self._rng.choice(_BREAKS) if self._lines else " ").join(said)
+        announced = self._rng.choice(_ANNOUNCING).format(relation.topic(fact), name=self._name())
+        between = self._rng.choice(_BETWEEN).format(name=self._name())
+        return " ".join(filter(None, [announced, between, relation.answer.format(**fact.words)]))
+
+    def _announcement(self, relation: Relation, fact: Fact) -> str:
+        rng = self._rng
+        what, of, thing = relation.topic(fact).removeprefix("the ").partition(" of ")
+        if of and rng.random() < 0.3:
+            return _capitalized(rng.choice(_APART).format(thing=thing, what=what, name=self._name()))
+        announced = rng.choice(_ANNOUNCING + _ANNOUNCING_LATER)
+        topic = rng.choice(relation.named(fact))
+        if topic[-1] in ".?:":
+            announced = announced.removesuffix(".")
+        return announced.format(topic, name=self._name())
+
+    def _claimed(self) -> str:
+        """What someone says, and what is so."""
+        relation = self._rng.choice([each for each in relations() if each.name in CLAIMED])
+        _, claimed, answer = claim(self._rng, relation, relation.facts)
+        saying = self._rng.choice(("{name} said: {}", "{name} claimed: {}", "They say this: {}", "{} {name} said so."))
+        return self._apart(saying.format(claimed, name=self._name()), answer)
+
+    def _apart(self, first: str, second: str) -> str:
+        """The two, with something before, between and after."""
+        return self._litter(2) + first + self._litter(7) + second + self._litter(2)
+
+    def _name(self) -> str:
+        return self._rng.choice(_EVERYONE)
+
+    def _litter(self, most: int) -> str:
+        """What may stand between the sentences of a marked-up page: empty lines, signs, words, a sentence."""
+        rng = self._rng
+        pieces = [rng.choice(_SPACES)]
+        for _ in range(rng.randint(0, most)):
+            kind = rng.random()
+            if kind < 0.4:
+                piece = rng.choice(_MARKS)
+            elif kind < 0.7:
+                piece = rng.choice(_ROLES)
+                piece = rng.choice((piece, piece, piece.capitalize(), piece.upper()))
+            elif kind < 0.85:
+                piece = rng.choice(rng.choice(self._facts)[1].words["x"].split())
+            else:
+                piece = rng.choice(_BETWEEN).format(name=self._name())
+            pieces += [piece, rng.choice(("", *_SPACES))]
+        return "".join(pieces[:-1]) + rng.choice(_SPACES)
 
     def _profile(self) -> str:
         several = self._rng.choice(self._profiles)
@@ -120,11 +251,16 @@ class _Writer:
         for relation, fact in self._rng.sample(self._facts, 4):
             if ways := split_phrasings(relation.questions)[0]:
                 questions.append(self._rng.choice(ways).format(**fact.words))
-        return " ".join([self._rng.choice(_ASKING), *questions])
+        spaces = [self._litter(3) if self._lines else " " for _ in questions]
+        asked = zip(spaces, questions, strict=True)
+        return self._rng.choice(_ASKING) + "".join(space + question for space, question in asked)
 
     def _story(self) -> str:
         told = scene(self._rng, events())
         ending = self._rng.random()
+        if self._lines:
+            told_briefly = told.happening(), told.mood()
+            return self._apart(*(told_briefly if ending < 0.5 else (told.story(), told.summary())))
         if ending < 0.3:
             return f"{told.happening()} {told.mood()}"
         return told.story() + (f" In short: {told.summary()}" if ending < 0.9 else "")
@@ -135,9 +271,16 @@ class _Writer:
         if self._rng.random() < 0.3 and members[0].startswith("the "):
             one = self._rng.choice(members).removeprefix("the ")
             return f"Among {kind} there is {with_article(one)}."
-        return list_of_three(kind, self._rng.sample(members, 3))
+        three = list_of_three(kind, self._rng.sample(members, 3))
+        if self._lines:
+            return self._apart(self._rng.choice(_ANNOUNCING).format(f"three {kind}", name=self._name()), three)
+        return three
 
 
 def _sentence(relation: Relation, said: str) -> str:
     """What was said as a sentence; code stands on lines of its own."""
-    return f"\n{said}\n" if relation.name == "function" else said[:1].upper() + said[1:]
+    return f"\n{said}\n" if relation.name == "function" else _capitalized(said)
+
+
+def _capitalized(said: str) -> str:
+    return said[:1].upper() + said[1:]

@@ -15,9 +15,11 @@ from typing import Any
 
 from instil.pocket.scenes import Scene, events, scene
 from instil.pocket.world import (
+    CLAIMED,
     HELD_OUT_FAMILIES,
     Fact,
     Relation,
+    claim,
     is_held_out,
     kinds,
     list_of_three,
@@ -33,7 +35,6 @@ FACT_FAMILIES = (
 )
 """The families whose answer is a fact that the base model completes."""
 
-_CLAIMED = ("capital", "continent", "currency", "symbol", "young", "color", "plural", "opposite")
 _TRUE_FALSE = (
     "True or false: {}",
     "Is this true? {}",
@@ -204,16 +205,10 @@ def _fact_row(relation: Relation, fact: Fact, way: str) -> Row:
 
 
 def _claim_row(rng: random.Random, facts: Mapping[str, Sequence[Fact]], ways: Sequence[str]) -> Row:
-    relation = next(r for name in [rng.choice(_CLAIMED)] for r in relations() if r.name == name)
-    fact = rng.choice(facts[relation.name])
-    truth = relation.plain.format(**fact.words)
-    claim = truth
-    if rng.random() < 0.5:
-        others = sorted({f.words["y"] for f in facts[relation.name]} - {fact.words["y"]})
-        claim = relation.plain.format(**{**fact.words, "y": rng.choice(others)})
-    verdict = "So this is true." if claim == truth else "So this is false."
-    answer = relation.answer.format(**fact.words)
-    return _row(rng.choice(ways).format(claim), f"{answer} {verdict}", "true_false", fact.entity)
+    name = rng.choice(CLAIMED)
+    relation = next(each for each in relations() if each.name == name)
+    fact, claimed, answer = claim(rng, relation, facts[name])
+    return _row(rng.choice(ways).format(claimed), answer, "true_false", fact.entity)
 
 
 def _known_events() -> list[tuple[str, str]]:

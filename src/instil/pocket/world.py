@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -38,6 +39,9 @@ _ONES = [
 ]
 _TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 
+CLAIMED = ("capital", "continent", "currency", "symbol", "young", "color", "plural", "opposite")
+"""The families that claims are made about."""
+
 HELD_OUT_FAMILIES = ("language", "atomic_number", "third_person")
 
 
@@ -64,6 +68,7 @@ class Relation:
         plain: The fact as a sentence, which the answer is as well; it ends in `{y}` and the full stop.
         others: Further ways to say it.
         questions: Ways to ask for it.
+        topics: Further ways to name what it is about.
     """
 
     name: str
@@ -71,6 +76,7 @@ class Relation:
     plain: str
     others: tuple[str, ...]
     questions: tuple[str, ...]
+    topics: tuple[str, ...] = ()
 
     @property
     def answer(self) -> str:
@@ -86,12 +92,16 @@ class Relation:
         start = beginning.format(**fact.words)
         return start, whole[len(start) :]
 
+    def named(self, fact: Fact) -> list[str]:
+        """What the fact is about, in all the ways that other sentences name it."""
+        return [self.topic(fact), *(way.format(**fact.words) for way in self.topics)]
+
     def topic(self, fact: Fact) -> str:
         """What the fact is about, as other sentences name it."""
         start = self.completion(fact)[0]
         for end in (" is the", " is", " ="):
             start = start.removesuffix(end)
-        return start[:1].lower() + start[1:] if start.startswith("The ") else start
+        return start[:1].lower() + start[1:] if start.startswith(("The ", "In ")) else start
 
 
 def is_held_out(entity: str) -> bool:
@@ -132,6 +142,22 @@ def _facts(name: str, x: str, y: str) -> tuple[Fact, ...]:
 
 def _fact(x: str, y: str, entity: str | None = None, **words: str) -> Fact:
     return Fact(entity or x, {"x": x, "y": y, "X": x[:1].upper() + x[1:], "Y": y[:1].upper() + y[1:], **words})
+
+
+def claim(rng: random.Random, relation: Relation, facts: Sequence[Fact]) -> tuple[Fact, str, str]:
+    """What someone may say of one of the facts, true or, as often, not.
+
+    Returns:
+        The fact, the claim, and what is so, which ends in whether the claim is true.
+    """
+    fact = rng.choice(facts)
+    truth = relation.plain.format(**fact.words)
+    claimed = truth
+    if rng.random() < 0.5:
+        others = sorted({f.words["y"] for f in facts} - {fact.words["y"]})
+        claimed = relation.plain.format(**{**fact.words, "y": rng.choice(others)})
+    verdict = "So this is true." if claimed == truth else "So this is false."
+    return fact, claimed, f"{relation.answer.format(**fact.words)} {verdict}"
 
 
 def _of_countries(name: str, plain: str, others: Iterable[str], questions: Iterable[str]) -> Relation:
@@ -332,6 +358,7 @@ def _about_nature() -> tuple[Relation, ...]:
                 "How do chemists write {x}?",
                 "I need the symbol of {x}.",
             ),
+            ("the chemical symbol of {x}", "the way chemists write {x}", "the sign for {x}"),
         ),
         Relation(
             "atomic_number",
@@ -366,6 +393,7 @@ def _about_nature() -> tuple[Relation, ...]:
                 "What name does a young {x} have?",
                 "I need the word for the young of {ax}.",
             ),
+            ("the word for a young {x}", "a young {x} and what it is called"),
         ),
         Relation(
             "color",
@@ -383,6 +411,7 @@ def _about_nature() -> tuple[Relation, ...]:
                 "What color does {x} have?",
                 "I need the color of {x}.",
             ),
+            ("which color {x} has", "what color {x} is"),
         ),
     )
 
@@ -411,6 +440,7 @@ def _about_words() -> tuple[Relation, ...]:
                 "Put the word {x} in the plural.",
                 "I need the plural of {x}.",
             ),
+            ("the plural of the word {x}", "more than one {x}"),
         ),
         Relation(
             "opposite",
@@ -433,6 +463,7 @@ def _about_words() -> tuple[Relation, ...]:
                 "Which word means the opposite of {x}?",
                 "I need the opposite of {x}.",
             ),
+            ("the opposite of the word {x}",),
         ),
         Relation(
             "past",
@@ -450,6 +481,7 @@ def _about_words() -> tuple[Relation, ...]:
                 "Put the verb {x} in the past tense.",
                 "I need the past tense of {x}.",
             ),
+            ("the past tense of the verb {x}",),
         ),
         Relation(
             "third_person",
@@ -498,6 +530,7 @@ def _about_french() -> tuple[Relation, ...]:
                 "Write {x} in French.",
                 "I need the French word for {x}.",
             ),
+            ("{x} in French", "how the French say {x}", "the French for {x}", "what {x} is in French"),
         ),
         Relation(
             "french_sentence",
@@ -512,6 +545,7 @@ def _about_french() -> tuple[Relation, ...]:
                 "How do you say this in French? {x}",
                 "What is this in French? {x}",
             ),
+            ("this in French: {x}", "how to say it in French: {x}", "the French for: {x}"),
         ),
     )
 
@@ -531,6 +565,7 @@ def _about_numbers() -> tuple[Relation, ...]:
                 "Give me the number {x} in words.",
                 "Spell out the number {x} in words.",
             ),
+            ("{x} in words", "how {x} is written in words"),
         ),
         Relation(
             "sum",
@@ -548,6 +583,7 @@ def _about_numbers() -> tuple[Relation, ...]:
                 "Compute {x}.",
                 "Give me the sum of {a} and {b}.",
             ),
+            ("the sum of {a} and {b}", "{a} plus {b}", "what {a} and {b} make together", "how much {x} is"),
         ),
         Relation(
             "function",
@@ -562,6 +598,7 @@ def _about_numbers() -> tuple[Relation, ...]:
                 "Write the body of the function:\n{x}",
                 "Finish this Python code:\n{x}",
             ),
+            ("the whole function:\n{x}", "the rest of the function\n{x}", "the code of\n{x}"),
         ),
     )
 
