@@ -38,6 +38,7 @@ _COMMANDS = {
     "chat": "Talk with a model in the terminal, or have it answer prompts.",
     "complete": "Go on with a text as a model would, with no chat template.",
     "score": "Show how probable each token of rows is to a model, and its rank, or the likelihood of all rows.",
+    "evaluate": "Measure what a tuned model does, beside its base, with how sure each figure is.",
     "runs": "List the runs below a folder, or show one: its state, its loss, its settings.",
     "templates": "List the built-in chat templates, or show one rendered.",
     "quickstart": "Tune the bundled base model on the bundled data, and see what that taught it.",

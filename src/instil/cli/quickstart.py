@@ -19,7 +19,8 @@ from rich.table import Table
 from rich.text import Text
 
 from instil.errors import UsageError
-from instil.evaluation.report import Compared, Page, SideBySide, to_html
+from instil.evaluation.report import Bar, Compared, Page, SideBySide, to_html
+from instil.evaluation.statistics import Share
 from instil.pocket import data_folder, model_folder
 from instil.pocket.instructions import Row, is_right
 from instil.training.files import write_json
@@ -195,22 +196,27 @@ def _show_answers(console: Console, rows: Sequence[Row], answers: Mapping[str, S
             console.print(Text(f"  {name}: ", "dim").append(said, style), soft_wrap=True)
 
 
-def _compared(base: Trial, tuned: Trial, *, families: bool) -> Iterator[Compared]:
-    """The figures, each set with its families below it where they are asked for."""
+def _shares(base: Trial, tuned: Trial, *, families: bool) -> Iterator[tuple[str, Share, Share, bool]]:
+    """What each figure is called, the two shares, and whether it is one of the tasks of the figure above."""
     for name, title in _NAMES.items():
-        yield Compared(title, base.share(name), tuned.share(name))
+        yield title, base.share(name), tuned.share(name), False
         for family in base.families(name) if families else ():
-            yield Compared(family.replace("_", " "), base.share(name, family), tuned.share(name, family), detail=True)
-    yield Compared("Plain facts, as text", base.known, tuned.known)
-    yield Compared("Ends in the stop token", base.stopped, tuned.stopped)
+            yield family.replace("_", " "), base.share(name, family), tuned.share(name, family), True
+    yield "Plain facts, as text", base.known, tuned.known, False
+    yield "Ends in the stop token", base.stopped, tuned.stopped, False
+
+
+def _compared(base: Trial, tuned: Trial) -> Iterator[Compared]:
+    for name, before, after, detail in _shares(base, tuned, families=True):
+        yield Compared(name, Bar.of(before), Bar.of(after), after.n, detail=detail)
 
 
 def _table(base: Trial, tuned: Trial) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("", "items", "base", "tuned"):
         table.add_column(column, justify="right" if column == "items" else "left")
-    for each in _compared(base, tuned, families=False):
-        table.add_row(each.name, f"{each.tuned.n:,}", str(each.base), Text(str(each.tuned), "bold"))
+    for name, before, after, _ in _shares(base, tuned, families=False):
+        table.add_row(name, f"{after.n:,}", str(before), Text(str(after), "bold"))
     return table
 
 
@@ -257,7 +263,7 @@ def _page(
             "Time": f"{seconds:.0f} seconds in all",
             "Versions": ", ".join(f"{name} {number}" for name, number in record["versions"].items()),
         },
-        compared=list(_compared(base, tuned, families=True)),
+        compared=[("Base against tuned", list(_compared(base, tuned)))],
         curve=curve.read_text(encoding="utf-8") if curve.is_file() else "",
         answers=[
             SideBySide(

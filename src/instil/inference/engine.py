@@ -98,6 +98,11 @@ class Engine:
         self._decoder = Decoder(tokenizer)
         self._own_attention = self._model.base.config._attn_implementation
 
+    @property
+    def model(self) -> Any:
+        """The causal language model itself, through its own attention where nothing is being generated."""
+        return self._model.base
+
     def sampling(self, options: SamplingOptions) -> Sampling:
         """The options with nothing left open, as `generate` understands them."""
         return options.resolve(self.generation_config)

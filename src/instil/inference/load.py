@@ -15,7 +15,8 @@ from instil.errors import ModelError, TemplateError, TokenizerError
 from instil.inference.engine import Engine
 from instil.model.load import base_of, check_vocabulary, load_model, product_dtype
 from instil.model.options import ModelOptions
-from instil.prompt import PromptOptions, Renderer, Tokenizer, load_renderer, load_tokenizer
+from instil.model.tokens import reserve_tokens
+from instil.prompt import PromptOptions, Renderer, Tokenizer, builtin_templates, load_renderer, load_tokenizer
 from instil.prompt.tokenizer import Encoder
 
 
@@ -31,7 +32,7 @@ class Loaded:
     def __init__(self, engine: Engine, tokenizer: Tokenizer, prompt: PromptOptions | None = None) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
-        self._prompt = prompt or PromptOptions()
+        self.prompt = prompt or PromptOptions()
 
     @cached_property
     def renderer(self) -> Renderer:
@@ -42,7 +43,7 @@ class Loaded:
             TokenizerError: The template needs tokens that the model does not know.
         """
         before = self.tokenizer.added
-        found = load_renderer(self.tokenizer, self._prompt)
+        found = load_renderer(self.tokenizer, self.prompt)
         new = self.tokenizer.added[len(before) :]
         if new:
             raise TokenizerError(
@@ -55,7 +56,7 @@ class Loaded:
     @cached_property
     def encoder(self) -> Encoder:
         """Encodes text: the template's, if the tokenizer has one that can be used."""
-        if self._prompt.template is None:
+        if self.prompt.template is None:
             try:
                 return self.renderer.encoder
             except (TemplateError, TokenizerError):
@@ -96,6 +97,34 @@ def load_engine(options: ModelOptions, prompt: PromptOptions | None = None) -> L
         ) from error
     engine = Engine(model.requires_grad_(False), tokenizer, stop_ids(found, tokenizer), generation_config=found)
     return Loaded(engine, tokenizer, prompt)
+
+
+def load_base(options: ModelOptions, tuned: Loaded) -> Loaded:
+    """Load a base model to be asked beside one that was tuned from it: with the very ids that the tuned one is asked
+    with. It gets rows for the tokens it lacks, untrained, as tuning began with.
+
+    Args:
+        options: Where the base is.
+        tuned: The model tuned from it.
+
+    Raises:
+        ModelError, TokenizerError: There is no such model; or its tokens are others, so it is no base of that one.
+    """
+    own, common = _tokenizer(options), tuned.tokenizer
+    known = own.backend.get_vocab(with_added_tokens=True)
+    added = common.backend.get_added_tokens_decoder()
+    own.add_special_tokens(added[number].content for number in sorted(added) if added[number].content not in known)
+    if own.backend.get_vocab(with_added_tokens=True) != common.backend.get_vocab(with_added_tokens=True):
+        raise ModelError(
+            f"{options.model}: has other tokens than {common.name}, and so is no base of it",
+            "Name the model that it was tuned from, or leave the base out.",
+        )
+    model = load_model(options, dtype=product_dtype(options.precision))
+    known_template = builtin_templates().get(tuned.renderer.template.name)
+    reserve_tokens(model, own, known_template.special_tokens if known_template else {})
+    model = model.to(tuned.engine.model.device)
+    stops = stop_ids(_generation_config(options, model), common)
+    return Loaded(Engine(model.requires_grad_(False), common, stops), common, tuned.prompt)
 
 
 def stop_ids(generation_config: Mapping[str, Any], tokenizer: Tokenizer) -> list[int]:

@@ -107,7 +107,7 @@ def model_card(provenance: Mapping[str, Any], name: str, example: Example | None
 
 
 def draw_loss(path: Path, steps: Sequence[Step], evaluations: Sequence[Evaluation]) -> bool:
-    """Draw the loss over the steps as SVG; False, and no picture, where matplotlib is not installed."""
+    """Draw loss and learning rate over the steps as SVG; False, and no picture, where matplotlib is not installed."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -126,6 +126,9 @@ def draw_loss(path: Path, steps: Sequence[Step], evaluations: Sequence[Evaluatio
         axes.grid(alpha=0.3)
         if steps or evaluations:
             axes.legend()
+        rate = axes.twinx()
+        rate.plot([s.step for s in steps], [s.learning_rate for s in steps], color="#2e86c1", linewidth=0.8, alpha=0.6)
+        rate.set_ylabel("learning rate", color="#2e86c1")
         figure.savefig(path, format="svg", metadata={"Date": None})
     return True
 

@@ -1,0 +1,495 @@
+"""`instil evaluate`: what a tuned model does, beside its base, with how sure each figure is."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+
+from instil.cli.generating import missing, shown
+from instil.cli.main import REMEDIES
+from instil.data.options import DataOptions
+from instil.errors import UsageError, nearest
+from instil.evaluation.items import ITEMS, read_items, write_items
+from instil.evaluation.report import Page, SideBySide, compared, to_html
+from instil.inference.options import SamplingOptions
+from instil.prompt.options import PromptOptions, arguments
+from instil.training.files import RECORD, sha256, write_json
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from instil.evaluation.figures import Figure
+    from instil.evaluation.items import Item, Who
+    from instil.evaluation.judge import Endpoint
+    from instil.evaluation.run import Telling
+    from instil.evaluation.suites import Suite
+    from instil.inference import Loaded
+
+RESULTS, REPORT = "results.json", "report.html"
+_SUITES = ("ifeval", "refusals", "judge", "forgetting", "lm-eval")
+_WITH_FILE = ("ifeval", "refusals", "judge")
+_FEW = 30
+_SHOWN = 40
+_TEXTS = 100
+_SEED = 1_000_000  # of the bundled plain text: none that the bundled model was trained on
+_OF_PROMPTS = PromptOptions.model_fields
+Switch = Annotated[bool, Parameter(negative=())]
+
+
+class EvaluateOptions(SamplingOptions, DataOptions):
+    """Everything that `instil evaluate` takes."""
+
+    model: str | None = Field(default=None, description="Model or adapter to evaluate: a folder or a hub name.")
+    base: str | None = Field(default=None, description="The model that it was tuned from, to be asked the same.")
+    data: list[str] = Field(
+        default_factory=list,
+        description="Your held-out records: files, folders, globs, hf://owner/name:split. The last answer of each is "
+        "its reference.",
+    )
+    suite: list[str] = Field(
+        default_factory=list,
+        description="What else to evaluate: ifeval:FILE, refusals:FILE, judge:FILE, forgetting, forgetting:FILE (plain "
+        "text), lm-eval:TASKS.",
+    )
+    output: Path | None = Field(
+        default=None, description="New folder that takes results.json, items.jsonl and report.html."
+    )
+    rescore: Path | None = Field(
+        default=None, description="Score the items of this folder anew, as its figures were made; nothing is generated."
+    )
+    metric: list[str] = Field(
+        default=["exact_match"],
+        min_length=1,
+        description="Metrics of records that name none: exact_match, accuracy, token_f1, rouge_l, chrf, bleu, numeric, "
+        "execute.",
+    )
+    limit: int | None = Field(default=None, ge=1, description="Only the first so many items of each suite.")
+    execute: Switch = Field(
+        default=False, description="Run programs that the model writes, in a process of their own without network."
+    )
+    template: str | None = Field(default=None, description=_OF_PROMPTS["template"].description)
+    template_args: Annotated[dict[str, Any], BeforeValidator(arguments)] = Field(
+        default_factory=dict, description=_OF_PROMPTS["template_args"].description
+    )
+    temperature: float = Field(
+        default=0.0, ge=0.0, allow_inf_nan=False, description="Divide the logits by this; 0 takes the likeliest token."
+    )
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        default="auto", description="What is computed in; auto: bf16 where the hardware has it."
+    )
+    trust_remote_code: bool = Field(
+        default=False, description="Run the Python code that comes with the model; only from a source you trust."
+    )
+    judge_url: str | None = Field(default=None, description="OpenAI-compatible endpoint of a judge, up to its /v1.")
+    judge_model: str | None = Field(default=None, description="The judge, as the endpoint knows it.")
+    judge_key_env: str = Field(
+        default="OPENAI_API_KEY", description="Environment variable that holds the endpoint's key; '' for none."
+    )
+    judge_cache: Path = Field(default=Path(".instil-judge"), description="Folder that keeps the judge's replies.")
+    judge_requests: int | None = Field(
+        default=None, ge=0, description="Most requests to the judge; kept ones are free."
+    )
+    judge_references: Path | None = Field(default=None, description="File of right answers for the judge to see.")
+    criteria: list[str] = Field(
+        default_factory=list, description="Have the judge rate the answers to --data by these: coherence, helpfulness."
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_not_empty(cls, value: Any, info: ValidationInfo) -> Any:
+        if (value == "" and info.field_name != "judge_key_env") or (isinstance(value, list) and "" in value):
+            raise ValueError("is empty (a shell variable that is not set?)")
+        return value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> EvaluateOptions:
+        if self.answers > 1:
+            raise UsageError(f"--answers {self.answers}: one answer to each item is evaluated", "Leave it out.")
+        if self.rescore is not None:
+            if self.model or self.data or self.suite or self.output:
+                raise UsageError("--rescore takes what was asked from its folder", "Leave the others out.")
+            return self
+        if self.model is None:
+            raise UsageError("--model: is missing", REMEDIES["model"])
+        if not self.data and not self.suite:
+            raise UsageError("--data and --suite: both are missing", "Name your held-out records, or a suite.")
+        if self.output is None:
+            raise UsageError("--output: is missing", "Name a new folder for results, items and report.")
+        if (self.judge_url is None) != (self.judge_model is None):
+            raise UsageError("--judge-url and --judge-model belong together", "Give both, or neither.")
+        if self.criteria and (self.judge_url is None or not self.data):
+            raise UsageError("--criteria needs a judge, and --data", "Give --judge-url, --judge-model and --data.")
+        names = [each.partition(":")[0] for each in self.suite]
+        for each, name in zip(self.suite, names, strict=True):
+            _check_suite(each, name)
+            if names.count(name) > 1:
+                raise UsageError(f"--suite {each}: {name} stands twice", "Name each suite once.")
+        output = self.output
+        if output.is_file() or (output.is_dir() and any(output.iterdir())):
+            raise UsageError(f"--output {output}: there is something already", "Name a new folder.")
+        return self
+
+    def sampling(self) -> SamplingOptions:
+        """Those of the options that say how answers are generated."""
+        return SamplingOptions(**{name: getattr(self, name) for name in SamplingOptions.model_fields})
+
+    def prompt_options(self) -> PromptOptions:
+        """Those of the options that say how conversations become prompts."""
+        return PromptOptions(template=self.template, template_args=self.template_args)
+
+
+def evaluate(*, options: Annotated[EvaluateOptions | None, Parameter(name="*")] = None) -> None:
+    """Measure what a tuned model does, beside its base: your own records, instructions, refusals, forgetting.
+
+    Settings may stand in a YAML file as well: --config FILE; flags override it.
+    """
+    options = options or EvaluateOptions()
+    if options.rescore is not None:
+        _rescore(options)
+        return
+    assert options.model is not None and options.output is not None
+    begun = time.monotonic()
+    suites = _suites(options)
+    items = _items(suites, options.limit)
+    tasks = next((each.partition(":")[2] for each in options.suite if each.startswith("lm-eval")), "")
+    with _telling() as telling:
+        loaded, base = _run(options, items, telling)
+        _score(suites, items)
+        harness = _harness(tasks, loaded, base, options.limit) if tasks else {}
+    about = _about(options, loaded, time.monotonic() - begun)
+    options.output.mkdir(parents=True, exist_ok=True)
+    write_items(options.output, items)
+    _finish(options.output, suites, items, about, harness, trained=_trained(options, loaded))
+
+
+def _check_suite(given: str, name: str) -> None:
+    file = given.partition(":")[2]
+    if name not in _SUITES:
+        raise UsageError(f"--suite {given}: there is no such suite", nearest(name, _SUITES))
+    if not file and name in _WITH_FILE:
+        raise UsageError(f"--suite {given}: needs a file", f"Write {name}:FILE.")
+    if not file and name == "lm-eval":
+        raise UsageError(f"--suite {given}: needs tasks", "Write lm-eval:TASK,TASK.")
+
+
+def _suites(options: EvaluateOptions) -> list[Suite]:
+    """The suites, in the order they are asked for."""
+    from instil.data import read
+    from instil.evaluation import suites as kinds
+    from instil.evaluation.execute import run_all
+
+    endpoint = _endpoint(options)
+    found: list[Suite] = []
+    if options.data:
+        records = read(
+            options.data,
+            format=options.format,
+            columns=options.columns,
+            objective=options.objective,
+            on_bad_row=options.on_bad_row,
+            rejects=options.rejects,
+        )
+        run = run_all if options.execute else None
+        found.append(kinds.OwnRecords(records, options.metric, run=run, endpoint=endpoint, criteria=options.criteria))
+    for each in options.suite:
+        name, _, file = each.partition(":")
+        if name == "ifeval":
+            found.append(kinds.IFEval(file))
+        elif name == "refusals":
+            found.append(kinds.Refusals(file, endpoint))
+        elif name == "judge":
+            found.append(kinds.Judged(file, endpoint, options.judge_references))
+        elif name == "forgetting":
+            found.append(kinds.Forgetting(*_plain(file)))
+    return found
+
+
+def _plain(file: str) -> tuple[list[tuple[str, str]], list[tuple[str, str, str]]]:
+    """The plain texts of a file, or the bundled ones with the bundled facts."""
+    from instil.data import read
+    from instil.pocket.corpus import corpus
+    from instil.pocket.instructions import plain_facts
+
+    if file:
+        records = read(file, objective="pretrain")
+        return [(str(each.source), each.conversations[0].messages[-1].content) for each in records], []
+    texts = [(f"bundled text {number}", text) for number, text in enumerate(corpus(_TEXTS, _SEED), 1)]
+    return texts, list(plain_facts(held_out=True))
+
+
+def _endpoint(options: EvaluateOptions) -> Endpoint | None:
+    if options.judge_url is None or options.judge_model is None:
+        return None
+    from instil.evaluation.judge import Budget, Endpoint
+
+    return Endpoint(
+        options.judge_url,
+        options.judge_model,
+        options.judge_cache,
+        options.judge_key_env,
+        budget=Budget(requests=options.judge_requests),
+    )
+
+
+def _items(suites: Sequence[Suite], limit: int | None) -> list[Item]:
+    """What is asked, all of it checked."""
+    items: list[Item] = []
+    for suite in suites:
+        found = suite.items()
+        if limit is not None and len(found) > limit:
+            sys.stderr.write(f"instil: note: {suite.name}: the first {limit:,} of {len(found):,} items (--limit)\n")
+            found = found[:limit]
+        items += found
+    return items
+
+
+def _run(options: EvaluateOptions, items: list[Item], telling: Telling) -> tuple[Loaded, Loaded | None]:
+    """Have the models answer, and weigh what is to be weighed."""
+    try:
+        from instil.inference.load import load_base, load_engine
+    except ModuleNotFoundError as error:
+        raise missing(error) from error
+    from instil.cli.train import hush
+    from instil.evaluation.run import ask, diverge, weigh
+    from instil.model.options import ModelOptions
+
+    def named(name: str | None) -> ModelOptions:
+        return ModelOptions(model=name, precision=options.precision, trust_remote_code=options.trust_remote_code)
+
+    hush()
+    tuned = load_engine(named(options.model), options.prompt_options())
+    base = load_base(named(options.base), tuned) if options.base is not None else None
+    sampling = options.sampling()
+    sys.stderr.write(f"instil: {shown(tuned.engine.sampling(sampling).to_json())}\n")
+    models: list[tuple[Loaded, Who]] = [(tuned, "tuned"), *([(base, "base")] if base else [])]  # type: ignore[list-item]
+    for model, who in models:
+        ask(model, who, items, sampling, telling)
+        weigh(model, who, items, telling)
+    if base is not None:
+        diverge(base, tuned, items, telling)
+    return tuned, base
+
+
+def _score(suites: Sequence[Suite], items: Sequence[Item]) -> None:
+    for suite in suites:
+        suite.score([item for item in items if item.suite == suite.name])
+
+
+def _finish(
+    folder: Path,
+    suites: Sequence[Suite],
+    items: Sequence[Item],
+    about: Mapping[str, Any],
+    harness: Mapping[str, Any],
+    trained: str = "",
+) -> None:
+    """Make the figures, write them and the report, and show them."""
+    from instil.evaluation.run import figures
+
+    found = figures(suites, items)
+    warnings = _warnings(found, items)
+    results = {
+        "about": dict(about),
+        "items": {suite.name: sum(item.suite == suite.name for item in items) for suite in suites},
+        "figures": [each.to_json() for each in found],
+        "warnings": warnings,
+        **({"lm_eval": dict(harness)} if harness else {}),
+    }
+    write_json(folder / RESULTS, results)
+    page = _page(found, suites, items, about, warnings, trained, _curve(about))
+    (folder / REPORT).write_text(to_html(page), encoding="utf-8")
+    _show(found, suites, warnings, harness)
+    sys.stderr.write(f"instil: wrote {folder}: {RESULTS}, {ITEMS}, {REPORT}\n")
+
+
+def _rescore(options: EvaluateOptions) -> None:
+    """Make the figures of a folder anew from its items."""
+    from instil.evaluation import suites as kinds
+    from instil.evaluation.execute import run_all
+
+    folder = options.rescore
+    assert folder is not None
+    items = read_items(folder)
+    try:
+        before = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{folder / RESULTS}: cannot be read: {error}", "Evaluate anew.") from error
+    names = dict.fromkeys(item.suite for item in items)
+    if unknown := [name for name in names if name not in kinds.SUITES]:
+        raise UsageError(f"{folder / ITEMS}: there is no suite {unknown[0]!r}", nearest(unknown[0], kinds.SUITES))
+    run = run_all if options.execute else None
+    suites = [kinds.OwnRecords(run=run) if name == kinds.OwnRecords.name else kinds.SUITES[name]() for name in names]
+    _score(suites, items)
+    write_items(folder, items)
+    _finish(folder, suites, items, before.get("about", {}), before.get("lm_eval", {}))
+
+
+def _about(options: EvaluateOptions, loaded: Loaded, seconds: float) -> dict[str, Any]:
+    """What was evaluated, and how."""
+    from importlib.metadata import version
+
+    record = _record(options.model)
+    sampling = loaded.engine.sampling(options.sampling())
+    return {
+        "Model": str(options.model),
+        **({"Base": options.base} if options.base else {}),
+        **({"Weights": _weights(Path(str(options.model)))}),
+        **({"Trained on": _data_of(record)} if record else {}),
+        **({"Held-out data": ", ".join(options.data)} if options.data else {}),
+        **({"Suites": ", ".join(options.suite)} if options.suite else {}),
+        "Template": loaded.renderer.template.name,
+        "Decoding": shown(sampling.to_json()),
+        "Time": f"{seconds:.0f} seconds",
+        "Versions": ", ".join(f"{name} {version(name)}" for name in ("instil", "torch", "transformers")),
+    }
+
+
+def _record(model: Any) -> dict[str, Any]:
+    """The provenance of a model that Instil wrote; nothing of another."""
+    try:
+        found = json.loads((Path(str(model)) / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _weights(folder: Path) -> str:
+    """What tells the weights of a folder from others."""
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    return ", ".join(f"{file.name}, SHA-256 begins {sha256(file)[:16]}" for file in files[:2]) or "of the hub"
+
+
+def _data_of(record: Mapping[str, Any]) -> str:
+    files = record.get("data", {}).get("files", [])
+    return ", ".join(f"{Path(file['path']).name}, SHA-256 begins {file['sha256'][:16]}" for file in files[:3])
+
+
+def _curve(about: Mapping[str, Any]) -> str:
+    drawn = Path(str(about.get("Model", ""))) / "loss.svg"
+    return drawn.read_text(encoding="utf-8") if drawn.is_file() else ""
+
+
+def _trained(options: EvaluateOptions, loaded: Loaded) -> str:
+    """The first of the records as training would mark them."""
+    if not options.data:
+        return ""
+    from instil.data import read
+    from instil.prompt import RecordEncoder
+    from instil.prompt.inspect import TokenText, to_fragment
+
+    renderer = loaded.renderer
+    records = read(options.data, format=options.format, columns=options.columns, objective=options.objective)
+    rows = RecordEncoder(renderer, options.prompt_options(), None).encode(list(islice(records, 3)))
+    return to_fragment(rows, TokenText(renderer.tokenizer), frozenset(renderer.encoder.controls.values()))
+
+
+def _warnings(figures: Sequence[Figure], items: Sequence[Item]) -> list[str]:
+    """What deserves a look."""
+    found = []
+    for each in figures:
+        name = f"{each.suite}: {each.measure}"
+        if each.headline and each.tuned.n < _FEW:
+            found.append(f"{name}: {each.tuned.n} items say little")
+        if each.measure == "ends in the stop token" and each.tuned.mean < 0.9:
+            found.append(f"{each.suite}: of the answers {each.shown(each.tuned.mean)} end in the stop token")
+        if each.missing:
+            found.append(f"{name}{f', {each.family}' if each.family else ''}: {each.missing:,} items have none")
+    return found
+
+
+def _page(
+    figures: Sequence[Figure],
+    suites: Sequence[Suite],
+    items: Sequence[Item],
+    about: Mapping[str, Any],
+    warnings: Sequence[str],
+    trained: str,
+    curve: str,
+) -> Page:
+    asked = [item for item in items if item.messages]
+    some = asked[:: max(1, len(asked) // _SHOWN)][:_SHOWN]
+    return Page(
+        title="Evaluation",
+        summary=f"{len(items):,} items. Every prompt, answer and score stands in {ITEMS}.",
+        about=about,
+        compared=compared(figures, {suite.name: suite.about for suite in suites}),
+        curve=curve,
+        answers=[_side(item) for item in some],
+        trained=trained,
+        warnings=warnings,
+    )
+
+
+def _side(item: Item) -> SideBySide:
+    references = item.wanted.get("references") or [""]
+    right = item.scores["tuned"].get("exact_match", {}).get("exact_match")
+    said = {who: "\n\n".join(each.text for each in several) for who, several in item.said.items()}
+    return SideBySide(
+        item.prompt, references[0], said.get("base"), said["tuned"], None if right is None else bool(right)
+    )
+
+
+def _show(
+    figures: Sequence[Figure], suites: Sequence[Suite], warnings: Sequence[str], harness: Mapping[str, Any]
+) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    for suite in suites:
+        of_suite = [each for each in figures if each.suite == suite.name and not each.family]
+        console.print(Text(f"{suite.name}: {suite.about}", "bold"))
+        console.print(_table(of_suite))
+    for task, measured in harness.items():
+        console.print(Text(f"lm-eval {task}: {shown(measured)}"))
+    for warning in warnings:
+        sys.stderr.write(f"instil: note: {warning}\n")
+
+
+def _table(figures: Sequence[Figure]) -> Table:
+    from rich.table import Table
+
+    paired = any(each.base is not None for each in figures)
+    table = Table(box=None, padding=(0, 2, 0, 2))
+    for column in ("", "items", *(["base"] if paired else []), "tuned", *(["verdict"] if paired else [])):
+        table.add_column(column, justify="right" if column == "items" else "left")
+    for each in figures:
+        verdict = each.comparison.verdict if each.comparison else ""
+        row = [each.measure, f"{each.tuned.n:,}", each.with_interval("base"), each.with_interval("tuned"), verdict]
+        table.add_row(*(row if paired else [*row[:2], row[3]]))
+    return table
+
+
+def _harness(tasks: str, tuned: Loaded, base: Loaded | None, limit: int | None) -> dict[str, Any]:
+    from instil.evaluation.lm_eval import run
+
+    found = {"tuned": run(tuned, tasks.split(","), limit)}
+    return {**found, "base": run(base, tasks.split(","), limit)} if base is not None else found
+
+
+@contextmanager
+def _telling() -> Iterator[Telling]:
+    """Bars on standard error with the time that is left; without a terminal, nothing."""
+    if not sys.stderr.isatty():
+        yield lambda what, total: lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+
+        def tell(what: str, total: int) -> Callable[[], object]:
+            task = progress.add_task(what, total=total)
+            return lambda: progress.advance(task)
+
+        yield tell

@@ -1,0 +1,170 @@
+"""Figures: what items are worth together, base against tuned, each with how sure it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from instil.evaluation.items import Item, Scores, Who
+from instil.evaluation.statistics import Comparison, Mean, Share, compare, holm
+
+Value = bool | float | Sequence[bool] | None
+Unit = Literal["share", "points", "perplexity", "nats", ""]
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """Something that scores say of an item.
+
+    Args:
+        name: What it is called.
+        value: Takes it out of the scores: whether it is so, a number, one truth for each of several parts of the item,
+            or None where it cannot be said.
+        unit: `share` of items; `points` up to `high`; `perplexity`, of a mean loss in nats; `nats`; "" for a number.
+        higher_is_better: Whether a greater value is.
+        high: The greatest that a number can be; None where there is no such thing. The least is `low`.
+        low: The least that a number can be.
+        weight: Takes out what an item counts, as its number of tokens; None: every item alike.
+        headline: Whether it is of those that are tested together, and shown first.
+        alone: Whether it is of the tuned model alone, as what it has beside the base.
+    """
+
+    name: str
+    value: Callable[[Scores], Value]
+    unit: Unit = "share"
+    higher_is_better: bool = True
+    high: float | None = None
+    low: float = 0.0
+    weight: Callable[[Scores], float] | None = None
+    headline: bool = True
+    alone: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A measure over items.
+
+    Args:
+        suite: The suite they are of.
+        measure: The name of the measure.
+        family: The task they belong to; "" for all of the suite.
+        unit: As of the measure.
+        tuned: The tuned model's; of a perplexity the mean loss in nats, for which `shown` has the perplexity.
+        base: The base model's, where there is one.
+        comparison: The two on the same items.
+        missing: Items of which it cannot be said, of one model at least; they are in no figure.
+        headline: Whether it is of those that are tested together.
+        extra: What else is known of it, by name.
+    """
+
+    suite: str
+    measure: str
+    family: str
+    unit: Unit
+    tuned: Share | Mean
+    base: Share | Mean | None
+    comparison: Comparison | None
+    missing: int
+    headline: bool
+    extra: dict[str, Any]
+
+    def shown(self, value: float | None) -> str:
+        """A value in its unit, for people."""
+        if value is None:
+            return "?"
+        if self.unit == "share":
+            return f"{100 * value:.1f} %"
+        if self.unit == "perplexity":
+            return f"{math.exp(min(value, 700)):.4g}"
+        return f"{value:.1f}" if self.unit == "points" else f"{value:.4g}"
+
+    def with_interval(self, who: Who) -> str:
+        """The value of a model with its 95 % interval."""
+        found = self.tuned if who == "tuned" else self.base
+        if found is None:
+            return ""
+        if found.low is None:
+            return self.shown(found.mean)
+        return f"{self.shown(found.mean)} ({self.shown(found.low)} to {self.shown(found.high)})"
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain JSON values."""
+        values = {"suite": self.suite, "measure": self.measure, "family": self.family, "unit": self.unit}
+        return {
+            **values,
+            "tuned": self.tuned.to_json(),
+            "base": self.base.to_json() if self.base else None,
+            "comparison": self.comparison.to_json() if self.comparison else None,
+            "missing": self.missing,
+            **self.extra,
+        }
+
+
+def figure(suite: str, measure: Measure, items: Sequence[Item], family: str = "", **extra: Any) -> Figure | None:
+    """A measure over items; None where it can be said of none of them."""
+    paired = not measure.alone and any("base" in item.scores for item in items)
+    whos: tuple[Who, ...] = ("tuned", "base") if paired else ("tuned",)
+    found = [[measure.value(item.scores.get(who, {})) for who in whos] for item in items]
+    kept = [(item, values) for item, values in zip(items, found, strict=True) if None not in values]
+    if not kept:
+        return None
+    several = any(isinstance(values[0], list | tuple) for _, values in kept)
+    columns = [
+        [each for _, values in kept for each in _parts(values[at])]  # one for each part of each item
+        for at in range(len(whos))
+    ]
+    clusters = [item.id for item, values in kept for _ in _parts(values[0])] if several else None
+    weights = [[measure.weight(item.scores[who]) for item, _ in kept] for who in whos] if measure.weight else None
+    bounds = None if measure.high is None else (measure.low, measure.high)
+    if all(isinstance(each, bool) for column in columns for each in column):
+        estimates: list[Share | Mean] = [Share.of(column, clusters) for column in columns]
+    else:
+        estimates = [
+            Mean.of(column, clusters, bounds, weights[at] if weights else None) for at, column in enumerate(columns)
+        ]
+    comparison = None
+    if paired:
+        comparison = compare(
+            columns[1],
+            columns[0],
+            clusters,
+            higher_is_better=measure.higher_is_better,
+            weights=weights[0] if weights else None,
+        )
+    return Figure(
+        suite,
+        measure.name,
+        family,
+        measure.unit,
+        estimates[0],
+        estimates[1] if paired else None,
+        comparison,
+        len(items) - len(kept),
+        measure.headline and not family,
+        extra,
+    )
+
+
+def adjusted(figures: Sequence[Figure]) -> list[Figure]:
+    """The figures, with the p-values of the headlines, and of the families of each suite, adjusted for being several."""
+    groups: dict[tuple[str, str], dict[str, Comparison]] = {}
+    for at, each in enumerate(figures):
+        if each.comparison is not None:
+            group = ("", "headline") if each.headline else (each.suite, each.measure if each.family else "other")
+            groups.setdefault(group, {})[str(at)] = each.comparison
+    tested = {at: comparison for group in groups.values() for at, comparison in holm(group).items()}
+    return [replace(each, comparison=tested[str(at)]) if str(at) in tested else each for at, each in enumerate(figures)]
+
+
+def by_family(items: Sequence[Item]) -> dict[str, list[Item]]:
+    """The items of each family, in the order they come; none where all are of one."""
+    found: dict[str, list[Item]] = {}
+    for item in items:
+        found.setdefault(item.family, []).append(item)
+    return found if len(found) > 1 else {}
+
+
+def _parts(value: Value) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else [value]
