@@ -74,7 +74,7 @@ def read_prompts(path: str | Path) -> list[IfevalPrompt]:
         found = _Checked(row.source, row.values)
         problems += found.problems
         key = row.values.get("key")
-        if isinstance(key, int | str):
+        if _is_key(key):
             if key in seen:
                 problems.append(RowProblem(str(row.source), "key", f"{key!r} stands at {seen[key]} already"))
             seen.setdefault(key, row.source)
@@ -105,7 +105,7 @@ class _Checked:
         if missing:
             return
         key, prompt, ids, kwargs = (values[column] for column in _COLUMNS)
-        if isinstance(key, bool) or not isinstance(key, int | str):
+        if not _is_key(key):
             self._bad("key", f"must be a number without a fraction, or a string, and is {described(key)}")
         if not _is_text(prompt):
             self._bad("prompt", f"must be {_TEXT}, and is {described(prompt)}")
@@ -150,6 +150,10 @@ class _Checked:
         self.problems.append(RowProblem(self._source, field, reason, remedy))
 
 
+def _is_key(value: Any) -> bool:
+    return isinstance(value, int | str) and not isinstance(value, bool)
+
+
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
@@ -189,7 +193,7 @@ _KINDS: dict[str, tuple[Any, str]] = {
         ("end_phrase", "first_word", "keyword", "postscript_marker", "prompt_to_repeat", "section_spliter"),
         (_is_text, _TEXT),
     ),
-    "language": (lambda value: value in LANGUAGES, f"one of {', '.join(sorted(LANGUAGES))}"),
+    "language": (lambda value: isinstance(value, str) and value in LANGUAGES, f"one of {', '.join(sorted(LANGUAGES))}"),
     "letter": (lambda value: _is_text(value) and len(value) == 1, "a single character"),
 }
 """Of each argument, whether a value will do, and what will do in words."""

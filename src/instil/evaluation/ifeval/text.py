@@ -8,6 +8,7 @@ Boundary Detection" (Punkt). What differs is said with each.
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 _WORD = re.compile(r"\w+")
 
@@ -18,9 +19,10 @@ _CLITIC = re.compile(r"(?<=[^'\s])(?=(?:'[sSmMdD]|'ll|'LL|'re|'RE|'ve|'VE|n't|N'
 # Where two words are written as one: CAN|NOT, GON|NA.
 _JOINED = re.compile(r"\b(?:can(?=not\b)|gon(?=na\b)|wan(?=na\b)|got(?=ta\b)|gim(?=me\b)|lem(?=me\b))", re.IGNORECASE)
 
-# A sentence ends at the last such mark of what stands between two spaces, if at all.
+# A sentence ends, if at all, at the last mark of what stands between two spaces, with such behind it.
 _END = re.compile(r"""(.*[.?!])((?:[)";}\]*:@'({\[‘’“”«»?!].*)?)""")
-_CLOSERS = re.compile(r"""["')\]}‘’“”«»]*""")
+_LAST_END = re.compile(r"""(.*[.?!])([)";}\]*:@'({\[‘’“”«»?!].*)""")
+_CLOSERS = "\"')]}‘’“”«»"
 _LETTERS = re.compile(r"(?:[^\W\d_]\.)+")
 _NUMBER = re.compile(r"-?[.,]?\d[\d.-]*")
 
@@ -66,7 +68,7 @@ def count_capital_words(text: str) -> int:
     """
     text = _BREAK.sub(" ", text)
     text = _CLITIC.sub(" ", text)
-    text = _JOINED.sub(r"\g<0> ", text)
+    text = _JOINED.sub(r" \g<0> ", text)
     return sum(word.isupper() for word in text.split())
 
 
@@ -83,28 +85,28 @@ def count_sentences(text: str) -> int:
     `_ABBREVIATIONS`, and single letters with periods, as "e.g.", "U.S.") and other words that begin sentences
     (`_OPENERS`), knows pairs of words around a period, and takes `...` for an end only before words that it has seen.
     """
-    words = text.split()
-    count = 0
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    *words, last = text.split() or [""]
+    ends = 0
+    for word, following in pairwise([*words, last]):
         found = _END.fullmatch(word)
-        if not found:
-            continue
-        head, rest = found.groups()
-        goes_on = following or not _CLOSERS.fullmatch(rest)
-        count += bool(goes_on and _ends_sentence(head, rest or following))
-    return count + bool(words)
+        ends += bool(found and _ends_sentence(found[1], found[2] or following))
+    found = _LAST_END.fullmatch(last)
+    ends += bool(found and found[2].strip(_CLOSERS) and _ends_sentence(found[1], found[2]))
+    return ends + bool(last)
 
 
 def _ends_sentence(head: str, following: str) -> bool:
     """Whether a sentence ends with the mark that `head` ends in, before what follows."""
     if "?" in head or "!" in head:
         return True
-    token = re.split(r"[^\w.'-]", head)[-1]
+    token = re.split(r"[^\w.'$-]", head)[-1].lstrip("-")
+    first = following[:1]
     if token.endswith(".."):
-        return following[:1].isupper()
+        return first.isupper()
     if token.removesuffix(".").lower() in _ABBREVIATIONS or _LETTERS.fullmatch(token):
-        first = _WORD.match(following)
-        return following[:1].isupper() and first is not None and first.group().lower() in _OPENERS
+        initial = len(token) == 2
+        opener = first.isupper() and re.split(r"[^\w.]", following)[0].lower() in _OPENERS
+        return opener or (initial and not first.isalpha())
     if _NUMBER.fullmatch(token):
-        return not following[:1].islower()
+        return not first.islower()
     return True
