@@ -53,7 +53,11 @@ _OPENERS = _listed(
 
 
 def count_words(text: str) -> int:
-    r"""How many runs of letters, digits and underscores (`\w+`) there are: "don't" and "well-known" are two each."""
+    r"""How many runs of letters, digits and underscores (`\w+`) there are: "don't" and "well-known" are two each.
+
+    The vowel signs of Thai, Hindi and the like end a word, as in Python's `re`, which the published scores were counted
+    with; NLTK has since changed to the package `regex`, which takes them for letters.
+    """
     return len(_WORD.findall(text))
 
 
