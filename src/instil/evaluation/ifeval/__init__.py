@@ -1,0 +1,19 @@
+"""IFEval: instructions whose following a program can verify.
+
+Source: Zhou et al., 2023, "Instruction-Following Evaluation for Large Language Models" (arXiv 2311.07911).
+"""
+
+from instil.evaluation.ifeval.language import ensure_ready
+from instil.evaluation.ifeval.prompts import IfevalPrompt, Instruction, read_prompts
+from instil.evaluation.ifeval.scores import Followed, FourNumbers, followed, four_numbers
+
+__all__ = [
+    "Followed",
+    "FourNumbers",
+    "IfevalPrompt",
+    "Instruction",
+    "ensure_ready",
+    "followed",
+    "four_numbers",
+    "read_prompts",
+]
