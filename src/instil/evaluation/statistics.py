@@ -115,7 +115,8 @@ class Mean:
         numbers = _numbers(values, bounds)
         codes = _codes(clusters, len(numbers))
         groups, mean = _groups(numbers, codes), float(numbers.mean())
-        low, high = None, None  # type: float | None, float | None
+        low: float | None = None
+        high: float | None = None
         if bounds is not None:
             low, high = _wilson(numbers, codes, bounds)
         elif (error := _standard_error(numbers, codes)) is not None:
@@ -347,11 +348,11 @@ def _wilson(
     if codes is not None:  # that the items of a cluster differ more than chance would have it is not counted on
         error = max(error, _standard_error(values, None) or 0.0)
     groups, span = _groups(values, codes), bounds[1] - bounds[0]
-    share = (float(values.mean()) - bounds[0]) / span
+    share = min(max((float(values.mean()) - bounds[0]) / span, 0.0), 1.0)
     effective = share * (1 - share) / (error / span) ** 2 if error else float(groups)
     alpha = 2 * float(norm.sf(_t_quantile(groups - 1)))
     low, high = proportion_confint(share * effective, effective, alpha, method="wilson")
-    return bounds[0] + span * float(low), bounds[0] + span * float(high)
+    return max(bounds[0], bounds[0] + span * float(low)), min(bounds[1], bounds[0] + span * float(high))
 
 
 def _mcnemar(base: NDArray[np.float64], tuned: NDArray[np.float64]) -> float:
