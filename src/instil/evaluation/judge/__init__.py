@@ -16,7 +16,7 @@ from instil.evaluation.judge.verdicts import (
     judge_single,
     rating,
 )
-from instil.evaluation.judge.winrates import WinRate, length_controlled, win_rates
+from instil.evaluation.judge.winrates import WinRate, length_controlled, win_rates, win_rates_per
 
 __all__ = [
     "CRITERIA",
@@ -40,4 +40,5 @@ __all__ = [
     "read_answers",
     "read_questions",
     "win_rates",
+    "win_rates_per",
 ]

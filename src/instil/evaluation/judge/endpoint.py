@@ -115,7 +115,7 @@ class Endpoint:
     retries: int = 3
     workers: int = 8
     budget: Budget = field(default_factory=Budget)
-    progress: Callable[[int, int], None] = lambda done, total: None
+    progress: Callable[[int, int], None] = field(default=lambda done, total: None, repr=False)
 
     def __post_init__(self) -> None:
         if not self.base_url.startswith(("http://", "https://")):
@@ -152,8 +152,9 @@ class Endpoint:
             left = len(requests) - len(replies)
             if failures:
                 worst = max(failures, key=lambda failure: failure.stops)
+                alike = dict.fromkeys(each.what for each in failures if each.stops == worst.stops)
                 raise UsageError(
-                    f"{self.base_url}: {worst.what} ({left:,} of {len(requests):,} replies are missing)",
+                    f"{self.base_url}: {'; '.join(alike)} ({left:,} of {len(requests):,} replies are missing)",
                     f"{worst.remedy} Then run it again: what came is kept in {self.cache}, only the rest is asked.",
                 )
             if left:
@@ -173,7 +174,7 @@ class Endpoint:
                 return
             try:
                 reply = self._send(client, requests[place])
-                write_json(place, {"request": requests[place], "reply": asdict(reply)})
+                self._keep(place, requests[place], reply)
                 self.budget.pay(reply.tokens)
                 with lock:
                     replies[place] = reply
@@ -182,17 +183,15 @@ class Endpoint:
                 failures.append(failure)
                 if failure.stops:
                     stop.set()
-            except BaseException:
-                stop.set()
-                raise
 
         missing = [place for place in requests if place not in replies]
+        try:
+            self.cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"{self.cache}: cannot be made a folder: {error}", "Name another one.") from error
         with self._client() as client, ThreadPoolExecutor(self.workers) as pool:
             try:
-                self.cache.mkdir(parents=True, exist_ok=True)
                 list(pool.map(ask, missing))
-            except OSError as error:
-                raise UsageError(f"{self.cache}: cannot be written: {error}", "Give another folder.") from error
             finally:
                 stop.set()  # those on their way are waited for, and kept
         return failures
@@ -201,23 +200,23 @@ class Endpoint:
         import openai
 
         messages = request["messages"]
+        about = f"the message that begins {messages[-1]['content'][:120]!r}"
         rest = {name: value for name, value in request.items() if name not in ("model", "messages")}
         try:
             answer: Any = client.chat.completions.create(model=self.model, messages=messages, extra_body=rest)
         except (openai.OpenAIError, ValueError) as error:
-            raise self._failure(error, client.api_key) from error
+            raise self._failure(error, client.api_key, about) from error
         choices = getattr(answer, "choices", None)
         if not isinstance(choices, list):
             raise _Failure(f"what came is no chat completion: {str(answer)[:80]!r}", _ADDRESS)
         message = choices[0].message if choices else None
         said = message and (message.refusal if message.content is None else message.content)
         if said is None:
-            what = f"an empty reply came to the message that begins {messages[-1]['content'][:60]!r}"
-            raise _Failure(what, "Leave that item out if it happens again.", stops=False)
+            raise _Failure(f"an empty reply came to {about}", "Leave that item out if it happens again.", stops=False)
         return Reply(said, choices[0].finish_reason or "", answer.usage.total_tokens if answer.usage else None)
 
-    def _failure(self, error: Exception, key: str) -> _Failure:
-        """What an error of the library means, and what to do about it."""
+    def _failure(self, error: Exception, key: str, about: str) -> _Failure:
+        """What an error of the library means for the message it is about, and what to do."""
         import openai
 
         said = str(error).replace(key, "***")[:300]
@@ -238,7 +237,7 @@ class Endpoint:
                 reason = error.__cause__ or error
                 return _Failure(f"it cannot be reached: {reason}", "See that it runs, and that base_url is right.")
             case openai.APIStatusError():
-                return _Failure(f"a request is refused: {said}", "Mend what it says, or leave that item out.", False)
+                return _Failure(f"{about} is refused: {said}", "Mend that, or leave the item out.", stops=False)
         return _Failure(f"what came cannot be read: {said}", _ADDRESS)
 
     def _request(self, messages: Messages) -> dict[str, Any]:
@@ -251,10 +250,16 @@ class Endpoint:
         """The file that keeps the reply."""
         return self.cache / f"{hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()}.json"
 
+    def _keep(self, place: Path, request: Mapping[str, Any], reply: Reply) -> None:
+        try:
+            write_json(place, {"request": request, "reply": asdict(reply)})
+        except OSError as error:
+            raise _Failure(f"its reply cannot be kept: {error}", "Make room, or name another folder.") from error
+
     def _kept(self, place: Path) -> Reply | None:
         try:
             return Reply(**json.loads(place.read_text(encoding="utf-8"))["reply"])
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UsageError(f"{place}: a reply that was kept cannot be read: {error}", "Delete the file.") from error
