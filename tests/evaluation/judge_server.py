@@ -7,6 +7,8 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import pytest
+
 SILENT = "mumble"
 
 
@@ -29,7 +31,7 @@ def verdict(messages):
     shown = messages[-1]["content"]
     last = [
         part.rpartition("[Answer]\n")[2]
-        for part in re.findall(r"<<< (?:The conversation|Assistant \w) begins >>>\n\n(.*?)\n\n<<<", shown, re.DOTALL)
+        for part in re.findall(r"<<< begin (?:the conversation|assistant \w) >>>\n\n(.*?)\n\n<<< end", shown, re.DOTALL)
     ]
     found = prefer(*last) if len(last) == 2 else rate(last[0])
     return "I cannot say." if found is None else f"It could be [[1]] or [[A]], but:\nVerdict: [[{found}]]"
@@ -83,7 +85,8 @@ class _Handler(BaseHTTPRequestHandler):
 @contextmanager
 def running():
     """A judge, while it listens."""
-    with Judge() as server:
+    with Judge() as server, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NO_PROXY", "127.0.0.1")
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:

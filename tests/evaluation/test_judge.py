@@ -86,7 +86,7 @@ def test_a_request_is_as_it_should_be(server, endpoint, monkeypatch):
 
 def test_what_is_not_set_is_not_sent(server, endpoint):
     replace(endpoint, temperature=None, max_tokens=None).complete(
-        asked("<<< The conversation begins >>>\n\na\n\n<<<")[0]
+        asked("<<< begin the conversation >>>\n\na\n\n<<< end")[0]
     )
     assert set(server.requests[0][2]) == {"model", "messages"}
 
@@ -118,7 +118,7 @@ def test_a_rating_is_asked_with_all_that_came_before(server, endpoint):
     assert places == sorted(places)
     # the right answer to the first turn is shown at both, and that to the second, which is none, at neither
     assert [shown["2", turn][1]["content"].count("[Answer]\n42") for turn in (1, 2)] == [1, 1]
-    assert "Right answers" in shown["2", 1][1]["content"]
+    assert "<<< begin right answers >>>" in shown["2", 1][1]["content"]
     assert "right answers" in shown["2", 1][0]["content"]
     assert "ight answers" not in json.dumps([shown["3", 1], shown["1", 2], shown["four", 1]])
 
@@ -131,7 +131,7 @@ def test_pairs_are_asked_in_both_orders(server, endpoint):
     assert len(shown) == 4
     for one, other, turn in ((shown[0], shown[1], 0), (shown[2], shown[3], 1)):
         for text, first, then in ((one, ours, theirs), (other, theirs, ours)):
-            a, b = text.split("<<< Assistant B begins >>>")
+            a, b = text.split("<<< begin assistant B >>>")
             assert first["1"][turn] in a
             assert then["1"][turn] in b
             assert first["1"][turn] not in b.replace(then["1"][turn], "")
@@ -316,7 +316,7 @@ def test_what_would_be_infinite_is_regularized(worth, longer):
     for _ in range(40):
         a, b = (np.linspace(-width, width, 21) + each for each in middle)
         score = a[:, None, None] + b[:, None] * x
-        worst = np.sum(np.logaddexp(0, score) - y * score, -1) + 0.005 * (a[:, None] ** 2 + b**2)
+        worst = np.sum(np.logaddexp(0, score) - y * score, -1) + (a[:, None] ** 2 + b**2) / (2 * 2.5**2)
         best = np.unravel_index(np.argmin(worst), worst.shape)
         middle, width = np.array([a[best[0]], b[best[1]]]), width * 0.6
     found = win_rates(compare([{1.0: "win", 0.5: "tie", 0.0: "loss"}[each] for each in worth], longer))
@@ -442,9 +442,14 @@ def test_tokens_that_are_not_counted_are_no_budget(server, endpoint):
         (401, {"error": {"message": "bad key sk-123456"}}, r"the key is refused: .*bad key \*\*\*", "See what THE_KEY"),
         (403, {"error": {"message": "not yours"}}, "the key is refused: .*not yours", "See what THE_KEY"),
         (404, {"error": {"message": "no such model"}}, "does not know the model 'judge'", "often ends in /v1"),
-        (429, {"error": {"message": "slow down"}}, "still refuses for haste, after 2 rep.*slow down", "fewer workers"),
-        (500, {"error": {"message": "oops"}}, "still fails, after 2 repetitions: .*oops", "own log"),
-        (503, "down", "still fails, after 2 repetitions", "own log"),
+        (
+            429,
+            {"error": {"message": "slow down"}},
+            "still refuses for haste, with up to 2 rep.*slow down",
+            "fewer workers",
+        ),
+        (500, {"error": {"message": "oops"}}, "still fails, with up to 2 repetitions: .*oops", "own log"),
+        (503, "down", "still fails, with up to 2 repetitions", "own log"),
         (200, '{"choices": [', "what came cannot be read", "often ends in /v1"),
         (200, '"hello"', "what came is no chat completion: 'hello'", "often ends in /v1"),
         (200, "[]", "what came is no chat completion", "often ends in /v1"),
@@ -520,7 +525,7 @@ def test_an_endpoint_that_never_answers(server, endpoint):
 
     server.answer = answer
     try:
-        with pytest.raises(UsageError, match=r"no reply within 0\.2 s, at once") as caught:
+        with pytest.raises(UsageError, match=r"no reply within 0\.2 s, with up to 0 repetitions") as caught:
             replace(endpoint, timeout=0.2).complete_all(asked(*"abc"))
     finally:
         done.set()

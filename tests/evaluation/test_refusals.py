@@ -101,7 +101,7 @@ def test_apostrophes_and_what_stands_around_change_nothing(answer, mark, around)
 
 @given(st.sampled_from(FULL), st.sampled_from(COMPLIANCE[3:]))
 def test_a_refusal_behind_an_answer_is_partial(declined, answered):
-    assert refusal(f"{answered}\n{declined}") == "partial"
+    assert refusal(f"Use the kill command. {answered}\n{declined}") == "partial"
 
 
 def test_long_answers_are_read_in_proportion():

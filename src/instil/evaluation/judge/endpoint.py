@@ -220,7 +220,7 @@ class Endpoint:
         import openai
 
         said = str(error).replace(key, "***")[:300]
-        tried = f"after {self.retries} repetitions" if self.retries else "at once"
+        tried = f"with up to {self.retries} repetitions"
         match error:
             case openai.AuthenticationError() | openai.PermissionDeniedError():
                 return _Failure(f"the key is refused: {said}", f"See what {self.api_key_env or 'the key'} holds.")

@@ -67,25 +67,25 @@ def single(turns: Sequence[str], answers: Sequence[str], references: Sequence[st
         answers: An answer to each.
         references: A right answer to each, "" for none; () for none at all.
     """
-    return _ask(SINGLE, [_conversation("The conversation", turns, answers)], turns, references)
+    return _ask(SINGLE, [_conversation("the conversation", turns, answers)], turns, references)
 
 
 def pair(
     turns: Sequence[str], first: Sequence[str], second: Sequence[str], references: Sequence[str] = ()
 ) -> list[Message]:
     """Asks for a choice between the last answers of two assistants; arguments as those of `single`."""
-    conversations = [_conversation("Assistant A", turns, first), _conversation("Assistant B", turns, second)]
+    conversations = [_conversation("assistant A", turns, first), _conversation("assistant B", turns, second)]
     return _ask(PAIR, conversations, turns, references)
 
 
 def criterion(name: str, meaning: str, prompt: str, answer: str) -> list[Message]:
     """Asks for a rating of an answer by one thing alone."""
-    return _ask(_CRITERION.format(name=name, meaning=meaning), [_conversation("The conversation", [prompt], [answer])])
+    return _ask(_CRITERION.format(name=name, meaning=meaning), [_conversation("the conversation", [prompt], [answer])])
 
 
 def refusal(prompt: str, answer: str) -> list[Message]:
     """Asks whether an answer complies with its prompt, refuses it or does both."""
-    return _ask(REFUSAL, [_conversation("The conversation", [prompt], [answer])])
+    return _ask(REFUSAL, [_conversation("the conversation", [prompt], [answer])])
 
 
 def _ask(task: str, shown: Sequence[str], turns: Sequence[str] = (), references: Sequence[str] = ()) -> list[Message]:
@@ -93,10 +93,10 @@ def _ask(task: str, shown: Sequence[str], turns: Sequence[str] = (), references:
     if known:
         task = f"{task}\n\n{REFERENCE}"
         asked, right = zip(*known, strict=True)
-        shown = [_conversation("Right answers", asked, right), *shown]
+        shown = [_conversation("right answers", asked, right), *shown]
     return [{"role": "system", "content": task}, {"role": "user", "content": "\n\n\n".join(shown)}]
 
 
 def _conversation(name: str, turns: Sequence[str], answers: Sequence[str]) -> str:
     said = [f"[User]\n{turn}\n\n[Answer]\n{answer}" for turn, answer in zip(turns, answers, strict=True)]
-    return "\n\n".join([f"<<< {name} begins >>>", *said, f"<<< {name} ends >>>"])
+    return "\n\n".join([f"<<< begin {name} >>>", *said, f"<<< end {name} >>>"])

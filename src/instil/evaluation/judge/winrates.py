@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from instil.evaluation.judge.verdicts import Pair
 
-_RIDGE = 0.01
+_RIDGE = 1 / 2.5**2
 _WORTH = {"win": 1.0, "tie": 0.5, "loss": 0.0}
 
 
@@ -24,7 +24,7 @@ class WinRate:
         inconsistent: Of the ties, those in which the two orders said different things.
         rate: Wins and half the ties, as a share of the pairs with a verdict.
         length_controlled: What the rate would be if the answers were equally long; see `length_controlled`.
-        regularized: Whether that needed a ridge, since without one its estimate would be infinite.
+        regularized: Whether that needed a prior, since without one its estimate would be infinite.
     """
 
     wins: int
@@ -68,7 +68,7 @@ def win_rates_per(pairs: Sequence[Pair], what: Literal["category", "turn"]) -> d
 
 
 def length_controlled(worth: Sequence[float], longer: Sequence[float]) -> tuple[float, bool]:
-    """The win rate at equal length, and whether its estimate needed a ridge.
+    """The win rate at equal length, and whether its estimate needed a prior.
 
     The preference is taken as logistic in `a + b * tanh(d / s)`, d being how much longer the model's answer is and s
     the standard deviation of d; the rate at d = 0 is the logistic function of a (Dubois et al. 2024,
@@ -76,7 +76,9 @@ def length_controlled(worth: Sequence[float], longer: Sequence[float]) -> tuple[
     left out. Where d is the same throughout, nothing is known of b, and it is 0.
 
     The estimate is that of maximum likelihood, a tie being half a win and half a loss. Where that is infinite, as when
-    every pair is won, a ridge of 0.01 / 2 (a² + b²) is taken off the log-likelihood.
+    every pair is won, a and b are given a normal prior of mean 0 and standard deviation 2.5, the scale of Gelman et al.
+    2008 ("A weakly informative default prior distribution for logistic and other regression models"). If the answers of
+    the model are always the longer ones, or always the shorter, the rate at d = 0 is an extrapolation.
 
     Args:
         worth: (N,) 1 for a win, 0.5 for a tie, 0 for a loss; at least one.
@@ -98,13 +100,7 @@ def length_controlled(worth: Sequence[float], longer: Sequence[float]) -> tuple[
         value = np.logaddexp(0, score).sum() - y @ score + ridge / 2 * weights @ weights
         return value, columns.T @ (expit(score) - y) + ridge * weights
 
-    def curvature(weights: Any) -> Any:
-        p = expit(columns @ weights)
-        return columns.T @ (columns * (p * (1 - p))[:, None]) + ridge * np.eye(columns.shape[1])
-
-    found = minimize(
-        loss, np.zeros(columns.shape[1]), jac=True, hess=curvature, method="trust-exact", options={"gtol": 1e-8}
-    )
+    found = minimize(loss, np.zeros(columns.shape[1]), jac=True, method="BFGS", options={"gtol": 1e-9})
     return float(expit(found.x[0])), regularized
 
 
