@@ -1,0 +1,44 @@
+"""A language model as the judge of answers, behind any OpenAI-compatible endpoint."""
+
+from instil.evaluation.judge.endpoint import Budget, Endpoint, Reply
+from instil.evaluation.judge.prompts import CRITERIA
+from instil.evaluation.judge.questions import Question, read_answers, read_questions
+from instil.evaluation.judge.verdicts import (
+    Item,
+    Mean,
+    Pair,
+    Score,
+    Scores,
+    answer_questions,
+    choice,
+    judge_criteria,
+    judge_pairs,
+    judge_single,
+    rating,
+)
+from instil.evaluation.judge.winrates import WinRate, length_controlled, win_rates, win_rates_per
+
+__all__ = [
+    "CRITERIA",
+    "Budget",
+    "Endpoint",
+    "Item",
+    "Mean",
+    "Pair",
+    "Question",
+    "Reply",
+    "Score",
+    "Scores",
+    "WinRate",
+    "answer_questions",
+    "choice",
+    "judge_criteria",
+    "judge_pairs",
+    "judge_single",
+    "length_controlled",
+    "rating",
+    "read_answers",
+    "read_questions",
+    "win_rates",
+    "win_rates_per",
+]
