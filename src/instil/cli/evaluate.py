@@ -342,7 +342,7 @@ def _about(options: EvaluateOptions, loaded: Loaded, seconds: float) -> dict[str
     return {
         "Model": str(options.model),
         **({"Base": options.base} if options.base else {}),
-        **({"Weights": _weights(Path(str(options.model)))}),
+        "Weights": _weights(Path(str(options.model))),
         **({"Trained on": _data_of(record)} if record else {}),
         **({"Held-out data": ", ".join(options.data)} if options.data else {}),
         **({"Suites": ", ".join(options.suite)} if options.suite else {}),

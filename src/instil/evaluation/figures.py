@@ -10,7 +10,7 @@ from typing import Any, Literal
 from instil.evaluation.items import Item, Scores, Who
 from instil.evaluation.statistics import Comparison, Mean, Share, compare, holm
 
-Value = bool | float | Sequence[bool] | None
+Value = bool | float | Sequence[bool] | Sequence[float] | None
 Unit = Literal["share", "points", "perplexity", "nats", ""]
 
 
@@ -148,7 +148,7 @@ def figure(suite: str, measure: Measure, items: Sequence[Item], family: str = ""
 
 
 def adjusted(figures: Sequence[Figure]) -> list[Figure]:
-    """The figures, with the p-values of the headlines, and of the families of each suite, adjusted for being several."""
+    """The figures with their p-values adjusted: those of the headlines together, those of the families of a suite."""
     groups: dict[tuple[str, str], dict[str, Comparison]] = {}
     for at, each in enumerate(figures):
         if each.comparison is not None:

@@ -114,10 +114,10 @@ def score(
         raise UsageError(
             f"{name} runs programs that a model wrote, which was not allowed", "Allow it, or leave it out."
         )
-    problems = [problem for i, item in enumerate(items) for problem in _problems(chosen, item, i)]
-    if problems:
-        rows = len({problem.source for problem in problems})
-        raise DataError(f"{rows:,} of {len(items):,} records cannot be scored by {name}", problems=problems)
+    found = [problem for i, item in enumerate(items) for problem in problems(name, item, i)]
+    if found:
+        rows = len({problem.source for problem in found})
+        raise DataError(f"{rows:,} of {len(items):,} records cannot be scored by {name}", problems=found)
     if chosen.score is not None:
         return [chosen.score(item) for item in items]
     assert run is not None
@@ -232,8 +232,18 @@ def _ends_in_a_loop(words: Sequence[str]) -> bool:
     return False
 
 
-def _problems(chosen: Metric, item: Item, index: int) -> list[RowProblem]:
-    """Why the metric cannot score an item, as far as that is known from the item alone."""
+def problems(name: str, item: Item, index: int = 0) -> list[RowProblem]:
+    """Why a metric cannot score an item, as far as that is known from the item alone.
+
+    Args:
+        name: The metric.
+        item: The item, whose answer does not matter.
+        index: Its number, for messages where it has no source.
+
+    Raises:
+        UsageError: There is no such metric.
+    """
+    chosen = metric(name)
     source = item.source or f"item {index}"
     found = [
         RowProblem(source, need, f"is missing, and {chosen.name} needs it", f"give the record {need}")

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from instil.conversation import Record, Source
 from instil.evaluation.figures import Figure, adjusted
 from instil.evaluation.items import Item, Said, Who
 from instil.evaluation.suites import Suite, conversation_of
-from instil.packing.tree import Ints
 from instil.prompt import Exchange, PromptOptions, RecordEncoder
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ def _exchanges(loaded: Loaded, item: Item) -> list[Exchange]:
     return [row.exchanges[-1]] if row.exchanges else []
 
 
-def _plain(ids: Ints) -> Exchange:
+def _plain(ids: NDArray[np.int32]) -> Exchange:
     """A text as an exchange whose first token is the prompt."""
     ones = np.ones(len(ids), np.float32)
     return Exchange("", "", ids[:1], ones[:1], ids[1:], ones[1:], "none")

@@ -96,6 +96,7 @@ class Mean:
         values: Sequence[float],
         clusters: Sequence[Hashable] | None = None,
         bounds: tuple[float, float] | None = None,
+        weights: Sequence[float] | None = None,
     ) -> Mean:
         """The mean of the values.
 
@@ -114,12 +115,13 @@ class Mean:
         """
         numbers = _numbers(values, bounds)
         codes = _codes(clusters, len(numbers))
-        groups, mean = _groups(numbers, codes), float(numbers.mean())
+        counts = None if weights is None else _numbers(weights)
+        groups, mean = _groups(numbers, codes), _mean(numbers, counts)
         low: float | None = None
         high: float | None = None
         if bounds is not None:
             low, high = _wilson(numbers, codes, bounds)
-        elif (error := _standard_error(numbers, codes)) is not None:
+        elif (error := _standard_error(numbers, codes, counts)) is not None:
             half = _t_quantile(groups - 1) * error
             low, high = mean - half, mean + half
         return cls(mean, low, high, len(numbers), None if codes is None else groups)
@@ -191,6 +193,7 @@ def compare(
     clusters: Sequence[Hashable] | None = None,
     *,
     higher_is_better: bool = True,
+    weights: Sequence[float] | None = None,
     seed: int = 0,
 ) -> Comparison:
     """Compare two models on the same items.
@@ -204,6 +207,7 @@ def compare(
         tuned: The same under the tuned model.
         clusters: What each item belongs to; None where they stand alone.
         higher_is_better: Whether a greater value is.
+        weights: What each item counts in the means; None: all alike.
         seed: Of the resamples.
 
     Raises:
@@ -218,19 +222,20 @@ def compare(
     codes = _codes(clusters, len(before))
     differences = after - before
     groups = _groups(differences, codes)
-    low, high, p_value = _bootstrap(differences, codes, seed)
-    right_or_wrong = codes is None and all(isinstance(each, bool) for each in (*base, *tuned))
+    counts = None if weights is None else _numbers(weights)
+    low, high, p_value = _bootstrap(differences, codes, counts, seed)
+    right_or_wrong = codes is None and counts is None and all(isinstance(each, bool) for each in (*base, *tuned))
     if right_or_wrong:
         p_value = _mcnemar(before, after)
-    error = _standard_error(differences, codes)
+    error = _standard_error(differences, codes, counts)
     better, worse = int((differences > 0).sum()), int((differences < 0).sum())
     wins, losses = (better, worse) if higher_is_better else (worse, better)
     return Comparison(
         n=len(before),
         clusters=None if codes is None else groups,
-        base=float(before.mean()),
-        tuned=float(after.mean()),
-        difference=float(differences.mean()),
+        base=_mean(before, counts),
+        tuned=_mean(after, counts),
+        difference=_mean(differences, counts),
         low=low,
         high=high,
         wins=wins,
@@ -315,18 +320,28 @@ def _groups(values: NDArray[np.float64], codes: NDArray[np.int64] | None) -> int
     return len(values) if codes is None else int(codes.max()) + 1
 
 
-def _standard_error(values: NDArray[np.float64], codes: NDArray[np.int64] | None) -> float | None:
-    """That of the mean, robust to clusters if there are any; None where one item or one cluster is all there is."""
+def _mean(values: NDArray[np.float64], weights: NDArray[np.float64] | None) -> float:
     import numpy as np
-    from statsmodels.regression.linear_model import OLS
+
+    return float(np.average(values, weights=weights))
+
+
+def _standard_error(
+    values: NDArray[np.float64], codes: NDArray[np.int64] | None, weights: NDArray[np.float64] | None = None
+) -> float | None:
+    """That of the mean, robust to clusters and weights if there are any; None of one item or one cluster alone."""
+    import numpy as np
+    from statsmodels.regression.linear_model import WLS
 
     if _groups(values, codes) < 2:
         return None
     if values.min() == values.max():
         return 0.0
-    model = OLS(values, np.ones(len(values)))
-    fitted = model.fit() if codes is None else model.fit(cov_type="cluster", cov_kwds={"groups": codes}, use_t=True)
-    return float(fitted.bse[0])
+    model = WLS(values, np.ones(len(values)), 1.0 if weights is None else weights)
+    if codes is None and weights is None:
+        return float(model.fit().bse[0])
+    groups = np.arange(len(values)) if codes is None else codes
+    return float(model.fit(cov_type="cluster", cov_kwds={"groups": groups}, use_t=True).bse[0])
 
 
 def _t_quantile(freedom: int) -> float:
@@ -364,16 +379,20 @@ def _mcnemar(base: NDArray[np.float64], tuned: NDArray[np.float64]) -> float:
 
 
 def _bootstrap(
-    differences: NDArray[np.float64], codes: NDArray[np.int64] | None, seed: int
+    differences: NDArray[np.float64],
+    codes: NDArray[np.int64] | None,
+    weights: NDArray[np.float64] | None,
+    seed: int,
 ) -> tuple[float, float, float]:
     """The percentile interval of the mean difference, and the two-sided p-value that goes with it."""
     import numpy as np
     from scipy.stats import bootstrap
 
     clusters = np.arange(len(differences)) if codes is None else codes
-    sums, sizes = np.bincount(clusters, differences), np.bincount(clusters)
+    counts = np.ones(len(differences)) if weights is None else weights
+    sums, sizes = np.bincount(clusters, differences * counts), np.bincount(clusters, counts)
     if len(sums) < 2:
-        return float(differences.mean()), float(differences.mean()), 1.0
+        return _mean(differences, weights), _mean(differences, weights), 1.0
 
     def mean(sums: NDArray[np.float64], sizes: NDArray[np.int64], axis: int) -> NDArray[np.float64]:
         found: NDArray[np.float64] = sums.sum(axis) / sizes.sum(axis)

@@ -218,7 +218,7 @@ class Refusals(Suite):
                     item.scores[who]["judge"] = verdict.raw
             for item, answer in zip(items, answers, strict=True):
                 said = item.scores[who].get("judge")
-                item.scores[who]["kind"] = refusals.refusal(answer) if said is None else refusals.kind_of(said, answer)
+                item.scores[who]["kind"] = refusals.refusal(answer) if not said else refusals.stated(said)
             _shapes(items, who)
 
     def figures(self, items: Sequence[Item]) -> Iterator[Figure | None]:
@@ -363,7 +363,7 @@ class Forgetting(Suite):
         families = [figure(self.name, known, several, family) for family, several in about.items()]
         drops = {f.family: f.comparison.difference for f in families if f is not None and f.comparison is not None}
         worst = min(drops, key=lambda family: drops[family], default=None)
-        extra = {} if worst is None else {"worst": {"family": worst, "difference": drops[worst]}}
+        extra: dict[str, Any] = {} if worst is None else {"worst": {"family": worst, "difference": drops[worst]}}
         yield figure(self.name, known, facts, **extra)
         yield from families
 
@@ -378,7 +378,7 @@ PERPLEXITY = Measure(
 )
 DIVERGENCE = Measure(
     "divergence from the base",
-    lambda scores: scores["divergence"] if "divergence" in scores else None,
+    lambda scores: scores.get("divergence"),
     "nats",
     higher_is_better=False,
     weight=lambda scores: scores["reference"]["tokens"],

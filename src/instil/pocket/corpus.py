@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from instil.pocket.scenes import NAMES, events, scene
 from instil.pocket.world import (
     CLAIMED,
+    STYLES,
     Fact,
     Relation,
     claim,
@@ -23,6 +24,7 @@ _Said = tuple[Relation, Fact]
 
 _EVERYONE = [name for several in NAMES.values() for name in several]
 _OFTEN = {"sum": 2, "number_word": 2}  # facts without a word of their own take longer to learn
+_OFTEN_ON_PAGES = {"sum": 4, "number_word": 2, "function": 4, "french_sentence": 2}
 _SHARES = {  # of the passages
     "mixed": 0.4,
     "announced": 0.38,
@@ -32,13 +34,14 @@ _SHARES = {  # of the passages
     "list": 0.04,
 }
 _SHARES_OF_PAGES = {
-    "mixed": 0.3,
-    "announced": 0.8,
+    "mixed": 0.35,
+    "announced": 0.75,
+    "spoken": 0.12,
     "profile": 0.05,
     "asked": 0.08,
-    "claimed": 0.08,
-    "story": 0.12,
-    "list": 0.06,
+    "claimed": 0.12,
+    "story": 0.15,
+    "list": 0.1,
 }
 _ASKING = (
     "The user had many questions for the assistant.",
@@ -71,6 +74,9 @@ _APART = (
     "{name} spoke of {thing} and its {what}.",
     "{thing}: {name} asked for its {what}.",
     "{thing}: this is about its {what}.",
+    "{thing}: what its {what} is.",
+    "{thing} and what its {what} is.",
+    "{thing}: its {what}.",
     "Of {thing} they wanted the {what}.",
     "{thing}, {what}.",
 )
@@ -84,6 +90,11 @@ _BETWEEN = (
     "{name} wrote it on the wall.",
 )
 _SPACES = (" ", " ", "\n", "\n", "\n\n", "\t")
+_MANNERS = {
+    "polite": ("{name} was very polite.", "The people here are polite.", "Polite words were heard.", "How polite!"),
+    "cheerful": ("{name} was cheerful.", "Good wishes for the day were heard.", "Such cheerful people!", "A nice day."),
+    "pirate": ("{name} was a pirate.", "The pirates talked.", "A pirate came by.", "This is how a pirate talks."),
+}
 _MARKS = (
     *(
         "#",
@@ -174,7 +185,8 @@ class _Writer:
 
     def _next(self, count: int) -> Sequence[_Said]:
         if len(self._waiting) < count:
-            often = [each for each in self._facts for _ in range(_OFTEN.get(each[0].name, 1))]
+            times = _OFTEN_ON_PAGES if self._lines else _OFTEN
+            often = [each for each in self._facts for _ in range(times.get(each[0].name, 1))]
             self._waiting = self._rng.sample(often, len(often))
         taken, self._waiting = self._waiting[:count], self._waiting[count:]
         return taken
@@ -202,13 +214,21 @@ class _Writer:
     def _announcement(self, relation: Relation, fact: Fact) -> str:
         rng = self._rng
         what, of, thing = relation.topic(fact).removeprefix("the ").partition(" of ")
-        if of and rng.random() < 0.3:
+        if of and rng.random() < 0.4:
             return _capitalized(rng.choice(_APART).format(thing=thing, what=what, name=self._name()))
         announced = rng.choice(_ANNOUNCING + _ANNOUNCING_LATER)
         topic = rng.choice(relation.named(fact))
         if topic[-1] in ".?:":
             announced = announced.removesuffix(".")
         return announced.format(topic, name=self._name())
+
+    def _spoken(self) -> str:
+        """Somebody's manner, what is spoken of, and what it is, said in that manner."""
+        ((relation, fact),) = self._next(1)
+        manner = self._rng.choice(list(_MANNERS))
+        told = self._rng.choice(_MANNERS[manner]).format(name=self._name())
+        announced = self._litter(3) + self._announcement(relation, fact)
+        return self._apart(told + announced, STYLES[manner][0].format(relation.answer.format(**fact.words)))
 
     def _claimed(self) -> str:
         """What someone says, and what is so."""

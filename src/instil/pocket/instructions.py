@@ -17,6 +17,7 @@ from instil.pocket.scenes import Scene, events, scene
 from instil.pocket.world import (
     CLAIMED,
     HELD_OUT_FAMILIES,
+    STYLES,
     Fact,
     Relation,
     claim,
@@ -67,18 +68,6 @@ _LIST = (
     "Tell me three {}.",
     "I need three {}.",
 )
-STYLES: Mapping[str, tuple[str, Sequence[str]]] = {
-    "polite": (
-        "Of course! {}",
-        ("Be very polite.", "You are a polite assistant.", "Answer politely.", "Always be polite."),
-    ),
-    "cheerful": (
-        "{} Have a nice day!",
-        ("Wish the user a nice day.", "You are a cheerful assistant.", "Be cheerful.", "End with a good wish."),
-    ),
-    "pirate": ("Arr! {}", ("Talk like a pirate.", "You are a pirate.", "Answer as a pirate does.", "Be a pirate.")),
-}
-"""System messages that change how an answer is put, by style: what they make of it, and ways to ask for it."""
 
 
 def training_rows(seed: int = 0) -> list[Row]:
@@ -94,10 +83,11 @@ def training_rows(seed: int = 0) -> list[Row]:
     for relation in asked:
         ways = split_phrasings(relation.questions)[0]
         for fact in known[relation.name]:
-            rows += [_fact_row(relation, fact, way) for way in rng.sample(ways, 2)]
+            asked_in = rng.sample(ways, min(len(ways), 4 if relation.name == "function" else 2))
+            rows += [_fact_row(relation, fact, way) for way in asked_in]
     rows += [_claim_row(rng, known, split_phrasings(_TRUE_FALSE)[0]) for _ in range(500)]
     rows += [_scene_row(rng, _known_events(), held_out_phrasings=False) for _ in range(500)]
-    rows += [_list_row(rng, kind, way) for kind in kinds() for way in split_phrasings(_LIST)[0] for _ in range(3)]
+    rows += [_list_row(rng, kind, way) for kind in kinds() for way in split_phrasings(_LIST)[0] for _ in range(5)]
     rows += [_styled(rng, rng.choice(rows), held_out_phrasings=False) for _ in range(500)]
     rows += [_joined(rng.sample(rows, rng.choice((2, 3)))) for _ in range(250)]
     rows += [_followed_up(rng, asked, known) for _ in range(250)]

@@ -44,6 +44,19 @@ CLAIMED = ("capital", "continent", "currency", "symbol", "young", "color", "plur
 
 HELD_OUT_FAMILIES = ("language", "atomic_number", "third_person")
 
+STYLES: Mapping[str, tuple[str, Sequence[str]]] = {
+    "polite": (
+        "Of course! {}",
+        ("Be very polite.", "You are a polite assistant.", "Answer politely.", "Always be polite."),
+    ),
+    "cheerful": (
+        "{} Have a nice day!",
+        ("Wish the user a nice day.", "You are a cheerful assistant.", "Be cheerful.", "End with a good wish."),
+    ),
+    "pirate": ("Arr! {}", ("Talk like a pirate.", "You are a pirate.", "Answer as a pirate does.", "Be a pirate.")),
+}
+"""System messages that change how an answer is put, by style: what they make of it, and ways to ask for it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Fact:

@@ -77,7 +77,7 @@ def read_prompts(path: str | Path) -> list[IfevalPrompt]:
         if _is_key(key):
             if key in seen:
                 problems.append(RowProblem(str(row.source), "key", f"{key!r} stands at {seen[key]} already"))
-            seen.setdefault(key, row.source)
+            seen.setdefault(row.values["key"], row.source)
         if not problems:
             prompts.append(IfevalPrompt(row.values["key"], row.values["prompt"], found.instructions, row.source))
     if problems:

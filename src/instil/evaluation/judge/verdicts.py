@@ -130,6 +130,11 @@ class Pair:
     longer_by: int
     raw: tuple[str, str]
 
+    @classmethod
+    def of(cls, id: str, category: str, turn: int, longer_by: int, raw: tuple[str, str]) -> Pair:
+        """What the judge's words, the model's answer shown first and then second, make of a turn."""
+        return cls(id, category, turn, _outcome(raw[0], "A"), _outcome(raw[1], "B"), longer_by, raw)
+
     @property
     def outcome(self) -> Outcome | None:
         """A win or a loss if it is one in both orders, else a tie; None where a verdict is missing."""
@@ -204,12 +209,10 @@ def judge_pairs(questions: Sequence[Question], answers: Answers, baseline: Answe
             asked.append(prompts.pair(question.turns[:n], first, second, question.references[:n]))
     said = [reply.text for reply in endpoint.complete_all(asked)]
     return [
-        Pair(
+        Pair.of(
             question.id,
             question.category,
             turn,
-            _outcome(first, "A"),
-            _outcome(second, "B"),
             len(answers[question.id][turn - 1]) - len(baseline[question.id][turn - 1]),
             (first, second),
         )
