@@ -93,6 +93,7 @@ def test_an_interval_that_knows_no_clusters_would_not_cover():
     assert np.mean(covered) < 0.85
 
 
+@settings(max_examples=40)
 @given(st.lists(st.booleans(), min_size=2, max_size=60))
 def test_clusters_of_copies_count_once(right):
     """Each item four times over tells as much as each once."""
@@ -109,6 +110,7 @@ def test_one_cluster_tells_nothing():
     assert Mean.of([1.0]) == Mean(1.0, None, None, 1)
 
 
+@settings(max_examples=40)
 @given(VALUES)
 def test_a_mean_has_students_interval(values):
     mean = Mean.of(values)
@@ -120,6 +122,7 @@ def test_a_mean_has_students_interval(values):
     assert mean.mean == pytest.approx(math.fsum(values) / len(values), abs=1e-9)
 
 
+@settings(max_examples=40)
 @given(VALUES, st.integers(2, 5))
 def test_clusters_of_a_mean_are_as_one_item_each(values, copies):
     if len(set(values)) > 1:
@@ -129,6 +132,7 @@ def test_clusters_of_a_mean_are_as_one_item_each(values, copies):
         assert copied.clusters == len(values)
 
 
+@settings(max_examples=40)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=40), st.integers(1, 3))
 def test_a_bounded_mean_keeps_within_its_bounds(values, groups):
     for clusters in (None, [i % groups for i in range(len(values))]):
