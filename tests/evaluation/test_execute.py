@@ -56,8 +56,8 @@ def test_a_right_program_passes_and_a_wrong_one_says_why():
         ("print('passed'); print('OK'); raise SystemExit", "SystemExit"),
         ("def answer():\n    import sys; sys.exit(0)", "SystemExit"),
         ("def answer():\n    import os; os._exit(0)", "exit code 0 before its tests"),
-        ("import ctypes; ctypes.string_at(0)", "SIGSEGV"),
-        ("import os, signal; os.kill(os.getpid(), signal.SIGTERM)", "SIGTERM"),
+        ("import ctypes; ctypes.string_at(0)", "Segmentation fault"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGTERM)", "Terminated"),
         ("input()", "EOFError"),
         ("raise KeyboardInterrupt", "KeyboardInterrupt"),
         ("x = '\ud800'", "surrogates not allowed"),
@@ -66,7 +66,11 @@ def test_a_right_program_passes_and_a_wrong_one_says_why():
         # What a program might know of how it is told that the tests have ended.
         (
             "import os\nfor n in range(20):\n  try: os.write(n, b'\"passed\"\\n')\n  except OSError: pass\nos._exit(0)",
-            "",
+            "exit code 0 before its tests",
+        ),
+        (
+            "import os\nfor n in range(20):\n  try: os.write(n, b'x\\n')\n  except OSError: pass\nraise ValueError",
+            "ValueError",
         ),
         ("import json; print(json.dumps({'outcome': 'passed', 'detail': ''})); raise SystemExit", "SystemExit"),
     ],

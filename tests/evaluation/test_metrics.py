@@ -87,7 +87,7 @@ def test_token_f1_is_that_of_squad(answer, references):
         assert found["token_f1"] == pytest.approx(max(map(f1, references)))
 
 
-@settings(max_examples=50)
+@settings(max_examples=40)
 @given(WORDS, REFERENCES)
 def test_rouge_l_is_that_of_rouge_score(answer, references):
     from rouge_score.rouge_scorer import RougeScorer
@@ -98,6 +98,7 @@ def test_rouge_l_is_that_of_rouge_score(answer, references):
     assert found["no_words"] == (not re.search("[a-z0-9]", " ".join(references).lower()))
 
 
+@settings(max_examples=40)
 @given(ITEMS)
 def test_bleu_is_that_of_sacrebleu(items):
     from sacrebleu import BLEU, sentence_bleu
@@ -109,6 +110,7 @@ def test_bleu_is_that_of_sacrebleu(items):
     assert aggregate("bleu", scores)["bleu"] == pytest.approx(BLEU().corpus_score(answers, streams(items)).score)
 
 
+@settings(max_examples=40)
 @given(ITEMS)
 def test_chrf_is_that_of_sacrebleu(items):
     from sacrebleu import CHRF, sentence_chrf
@@ -128,6 +130,7 @@ def streams(items):
     return [[item.references[i] if i < len(item.references) else None for item in items] for i in range(most)]
 
 
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.sampled_from("xyz"), st.sampled_from([*"xyz", "none"])), min_size=1, max_size=20))
 def test_accuracy_is_that_of_scikit_learn(pairs):
     from sklearn.metrics import accuracy_score
@@ -146,6 +149,7 @@ def test_accuracy_is_that_of_scikit_learn(pairs):
 FINITE = st.floats(-1e6, 1e6).map(lambda x: round(x, 3))
 
 
+@settings(max_examples=40)
 @given(st.lists(st.tuples(FINITE, FINITE), min_size=1, max_size=20), st.integers(0, 3))
 def test_numeric_errors_are_those_of_scikit_learn(pairs, without):
     from sklearn.metrics import mean_absolute_error, mean_squared_error
@@ -260,6 +264,7 @@ def test_programs_run_where_that_is_allowed():
     }
 
 
+@settings(max_examples=40)
 @given(st.text(max_size=40), st.lists(st.text(max_size=40), min_size=1, max_size=2))
 def test_any_text_has_scores_within_bounds(answer, references):
     item = Item(answer, tuple(references))

@@ -2,7 +2,9 @@
 
 import json
 import math
+import operator
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -41,8 +43,10 @@ VALUES = st.lists(st.floats(-100, 100).map(lambda x: round(x, 2)), min_size=2, m
 def share_of_clusters(rng, p, correlation, clusters, most):
     """Items right with probability p, alike within clusters of 1 to `most` items (beta-binomial)."""
     sizes = rng.integers(1, most + 1, clusters)
-    spread = (1 - correlation) / correlation
-    rates = rng.beta(p * spread, (1 - p) * spread, clusters) if correlation else np.full(clusters, p)
+    rates = np.full(clusters, p)
+    if correlation:
+        spread = (1 - correlation) / correlation
+        rates = rng.beta(p * spread, (1 - p) * spread, clusters)
     codes = np.repeat(np.arange(clusters), sizes)
     return (rng.random(len(codes)) < rates[codes]).tolist(), codes.tolist()
 
@@ -75,7 +79,7 @@ def test_intervals_of_clustered_shares_cover():
     ("correlation", "clusters", "most"), [(0.0, 30, 5), (0.1, 30, 10), (0.3, 30, 5), (0.3, 30, 2), (0.5, 100, 5)]
 )
 def test_intervals_of_clustered_shares_cover_whatever_the_correlation(correlation, clusters, most):
-    assert 0.93 <= coverage_of_clustered_shares(2, correlation, clusters, most, draws=4000) <= 0.97
+    assert 0.93 <= coverage_of_clustered_shares(2, correlation, clusters, most, draws=2000) <= 0.97
 
 
 def test_an_interval_that_knows_no_clusters_would_not_cover():
@@ -89,6 +93,7 @@ def test_an_interval_that_knows_no_clusters_would_not_cover():
     assert np.mean(covered) < 0.85
 
 
+@settings(max_examples=40)
 @given(st.lists(st.booleans(), min_size=2, max_size=60))
 def test_clusters_of_copies_count_once(right):
     """Each item four times over tells as much as each once."""
@@ -105,6 +110,7 @@ def test_one_cluster_tells_nothing():
     assert Mean.of([1.0]) == Mean(1.0, None, None, 1)
 
 
+@settings(max_examples=40)
 @given(VALUES)
 def test_a_mean_has_students_interval(values):
     mean = Mean.of(values)
@@ -116,6 +122,7 @@ def test_a_mean_has_students_interval(values):
     assert mean.mean == pytest.approx(math.fsum(values) / len(values), abs=1e-9)
 
 
+@settings(max_examples=40)
 @given(VALUES, st.integers(2, 5))
 def test_clusters_of_a_mean_are_as_one_item_each(values, copies):
     if len(set(values)) > 1:
@@ -125,6 +132,7 @@ def test_clusters_of_a_mean_are_as_one_item_each(values, copies):
         assert copied.clusters == len(values)
 
 
+@settings(max_examples=40)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=40), st.integers(1, 3))
 def test_a_bounded_mean_keeps_within_its_bounds(values, groups):
     for clusters in (None, [i % groups for i in range(len(values))]):
@@ -219,19 +227,37 @@ def coverage_of_differences(seed, draws, clusters):
 
 
 def test_intervals_of_differences_cover():
-    covered, alike = coverage_of_differences(9, 100, 100)
+    covered, alike = coverage_of_differences(9, 60, 50)
     assert 0.9 <= covered <= 0.99
-    assert alike >= 0.98  # interval and p-value are of the same resamples
+    assert alike >= 0.95  # interval and p-value are of the same resamples
 
 
 @pytest.mark.prove
-@pytest.mark.parametrize("clusters", [30, 100])
-def test_intervals_of_differences_cover_with_few_clusters(clusters):
-    assert 0.93 <= coverage_of_differences(10, 1500, clusters)[0] <= 0.97
+def test_intervals_of_differences_cover_with_few_clusters():
+    assert 0.93 <= coverage_of_differences(10, 1000, 30)[0] <= 0.97
+
+
+@given(st.lists(st.integers(-3, 3), min_size=2, max_size=8))
+@settings(max_examples=30)
+def test_few_items_are_judged_by_every_flip_of_their_signs(differences):
+    found = compare([0.0] * len(differences), [float(each) for each in differences])
+    flips = [sum(map(operator.mul, signs, differences)) for signs in product((-1, 1), repeat=len(differences))]
+    assert found.test == "exact sign flips"
+    # the sums lie symmetrically about 0, so that twice one side is both sides but for a sum of 0
+    expected = sum(flip >= abs(sum(differences)) for flip in flips) / len(flips)
+    assert found.p_value == pytest.approx(min(1.0, 2 * expected))
+
+
+def test_few_items_that_agree_prove_nothing():
+    base, tuned = [0.1, 0.2, 0.3, 0.4, 0.5], [0.2, 0.3, 0.4, 0.5, 0.6]
+    found = compare(base, tuned)
+    assert (found.wins, found.p_value, found.verdict) == (5, 2 / 2**5, "not distinguishable")
+    clustered = compare(base * 9, tuned * 9, [*range(5)] * 9)
+    assert (clustered.p_value, clustered.test) == (2 / 2**5, "exact sign flips")
 
 
 @given(st.integers(5, 500), st.floats(0.1, 10))
-@settings(max_examples=20)
+@settings(max_examples=10)
 def test_what_is_detectable_has_that_power(n, deviation):
     effect = detectable(n, deviation)
     shift, edge = effect / deviation * math.sqrt(n), stats.t.ppf(0.975, n - 1)

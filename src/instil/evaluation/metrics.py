@@ -328,20 +328,20 @@ def _chrf(item: Item) -> Scores:
     # The counts that the score over all answers is computed of have no public name.
     (counts,) = chrf._extract_corpus_statistics([item.answer], [[reference] for reference in item.references])
     value = chrf._compute_score_from_stats(counts).score
-    return {"chrf": _rounded(value), **{f"count_{i}": float(count) for i, count in enumerate(counts)}}
+    return {"chrf": _capped(value), **{f"count_{i}": float(count) for i, count in enumerate(counts)}}
 
 
 def _chrf_of_all(scores: Sequence[Scores]) -> Scores:
     chrf = _chrf_of_sacrebleu()
-    counts = [int(_sum(scores, f"count_{i}")) for i in range(3 * chrf.order)]
+    counts = [_count(scores, f"count_{i}") for i in range(3 * chrf.order)]
     found = chrf._compute_score_from_stats(counts)
-    return {"chrf": _rounded(found.score), "sentence_chrf": _sum(scores, "chrf") / len(scores), "n": len(scores)}
+    return {"chrf": _capped(found.score), "sentence_chrf": _sum(scores, "chrf") / len(scores), "n": len(scores)}
 
 
 def _bleu(item: Item) -> Scores:
     found = _bleu_of_sacrebleu().sentence_score(item.answer, item.references)
     return {
-        "bleu": _rounded(found.score),
+        "bleu": _capped(found.score),
         **{f"matched_{i + 1}": float(found.counts[i]) for i in range(_ORDERS)},
         **{f"total_{i + 1}": float(found.totals[i]) for i in range(_ORDERS)},
         "answer_length": float(found.sys_len),
@@ -351,16 +351,16 @@ def _bleu(item: Item) -> Scores:
 
 def _bleu_of_all(scores: Sequence[Scores]) -> Scores:
     found = _bleu_of_sacrebleu().compute_bleu(
-        [int(_sum(scores, f"matched_{i + 1}")) for i in range(_ORDERS)],
-        [int(_sum(scores, f"total_{i + 1}")) for i in range(_ORDERS)],
-        int(_sum(scores, "answer_length")),
-        int(_sum(scores, "reference_length")),
+        [_count(scores, f"matched_{i + 1}") for i in range(_ORDERS)],
+        [_count(scores, f"total_{i + 1}") for i in range(_ORDERS)],
+        _count(scores, "answer_length"),
+        _count(scores, "reference_length"),
         smooth_method="exp",
     )
-    return {"bleu": _rounded(found.score), "sentence_bleu": _sum(scores, "bleu") / len(scores), "n": len(scores)}
+    return {"bleu": _capped(found.score), "sentence_bleu": _sum(scores, "bleu") / len(scores), "n": len(scores)}
 
 
-def _rounded(value: float) -> float:
+def _capped(value: float) -> float:
     """What came out as 100.00000000000004 is 100."""
     return min(100.0, float(value))
 
@@ -389,11 +389,15 @@ def _sum(scores: Sequence[Scores], key: str) -> float:
     return math.fsum(each[key] for each in scores)
 
 
+def _count(scores: Sequence[Scores], key: str) -> int:
+    return int(_sum(scores, key))
+
+
 def _mean_of(name: str) -> Callable[[Sequence[Scores]], Scores]:
     """What gives the mean of the scores called `name`, and counts the others, which are 0 or 1."""
 
     def of_all(scores: Sequence[Scores]) -> Scores:
-        counts = {key: int(_sum(scores, key)) for key in scores[0] if key != name}
+        counts = {key: _count(scores, key) for key in scores[0] if key != name}
         return {name: _sum(scores, name) / len(scores), "n": len(scores), **counts}
 
     return of_all

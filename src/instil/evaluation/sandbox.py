@@ -13,6 +13,7 @@ import resource
 import signal
 import sys
 import traceback
+from contextlib import suppress
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -61,17 +62,19 @@ def _result(request: dict[str, Any], said: list[str], code: int, output: int) ->
         return "out of memory", f"it asked for more than {request['memory'] / 2**20:g} MiB"
     if said[-1].startswith("error "):
         return "failed", said[-1].removeprefix("error ")
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    how = f"was killed ({signal.strsignal(-code)})" if code < 0 else f"ended with exit code {code}"
     return "failed", f"it {how} before its tests had ended. {tail}".strip()
 
 
 def _said(reading: int) -> list[str]:
     """What the child wrote, as a list of JSON strings; its own children may still hold the other end."""
     os.set_blocking(reading, False)
-    try:
-        return [str(json.loads(line)) for line in os.read(reading, 65536).splitlines()]
-    except (BlockingIOError, ValueError):
-        return []
+    said = []
+    with suppress(BlockingIOError):
+        for line in os.read(reading, 65536).splitlines():
+            with suppress(ValueError):  # written by the program, which found the other end
+                said.append(str(json.loads(line)))
+    return said
 
 
 def _run(request: dict[str, Any], output: int, writing: int) -> NoReturn:
@@ -91,7 +94,7 @@ def _run(request: dict[str, Any], output: int, writing: int) -> NoReturn:
             (resource.RLIMIT_FSIZE, request["output"]),
             (resource.RLIMIT_CORE, 0),
         ):
-            # The signal of the first is the soft limit's, and the second kills whoever ignores it.
+            # The soft limit of time sends a signal that says so, the hard one kills whoever ignores that.
             resource.setrlimit(limit, (most, most + 1 if limit == resource.RLIMIT_CPU else most))
         say("ready")
         say(_outcome(request))

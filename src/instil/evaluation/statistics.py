@@ -14,11 +14,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Verdict = Literal["better", "worse", "not distinguishable"]
+Test = Literal["exact McNemar", "exact sign flips", "paired bootstrap"]
 
 _ALPHA = 0.05
 _POWER = 0.8
 _RESAMPLES = 9999
 _BATCH = 10_000_000  # numbers that a bootstrap holds at once
+_ALIKE = 1e-9  # a standard error, of the span of the values, that is none
+_FEW = 13  # items of which every way to flip their signs can be tried
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +172,7 @@ class Comparison:
     wins: int
     losses: int
     ties: int
-    test: Literal["exact McNemar", "paired bootstrap"]
+    test: Test
     p_value: float
     adjusted: float | None
     detectable: float | None
@@ -199,8 +202,10 @@ def compare(
     """Compare two models on the same items.
 
     The interval of the difference is the percentiles of a paired bootstrap of 9,999 resamples (Efron, 1979), in which
-    clusters stay whole. The p-value of right against wrong, `bool`s without clusters, is McNemar's exact one (1947);
-    of any other values it is the bootstrap's: twice the share of resamples on the far side of 0.
+    clusters stay whole. The p-value of right against wrong, `bool`s without clusters, is McNemar's exact one (1947).
+    Of any other values it is the bootstrap's, twice the share of resamples on the far side of 0; a bootstrap of 13
+    items (or clusters) or less promises too much, and there it is that of every way to flip the signs of their
+    differences (Fisher, 1935).
 
     Args:
         base: The value of each item under the base model: whether it is right, or a score.
@@ -224,9 +229,11 @@ def compare(
     groups = _groups(differences, codes)
     counts = None if weights is None else _numbers(weights)
     low, high, p_value = _bootstrap(differences, codes, counts, seed)
-    right_or_wrong = codes is None and counts is None and all(isinstance(each, bool) for each in (*base, *tuned))
-    if right_or_wrong:
-        p_value = _mcnemar(before, after)
+    test: Test = "paired bootstrap"
+    if codes is None and counts is None and all(isinstance(each, bool) for each in (*base, *tuned)):
+        test, p_value = "exact McNemar", _mcnemar(before, after)
+    elif groups <= _FEW:
+        test, p_value = "exact sign flips", _sign_flips(differences if counts is None else differences * counts, codes)
     error = _standard_error(differences, codes, counts)
     better, worse = int((differences > 0).sum()), int((differences < 0).sum())
     wins, losses = (better, worse) if higher_is_better else (worse, better)
@@ -241,7 +248,7 @@ def compare(
         wins=wins,
         losses=losses,
         ties=len(before) - wins - losses,
-        test="exact McNemar" if right_or_wrong else "paired bootstrap",
+        test=test,
         p_value=p_value,
         adjusted=None,
         detectable=detectable(groups, error * math.sqrt(groups)) if error else None,
@@ -364,7 +371,8 @@ def _wilson(
         error = max(error, _standard_error(values, None) or 0.0)
     groups, span = _groups(values, codes), bounds[1] - bounds[0]
     share = min(max((float(values.mean()) - bounds[0]) / span, 0.0), 1.0)
-    effective = share * (1 - share) / (error / span) ** 2 if error else float(groups)
+    spread = error / span
+    effective = share * (1 - share) / spread**2 if spread > _ALIKE else float(groups)
     alpha = 2 * float(norm.sf(_t_quantile(groups - 1)))
     low, high = proportion_confint(share * effective, effective, alpha, method="wilson")
     return max(bounds[0], bounds[0] + span * float(low)), min(bounds[1], bounds[0] + span * float(high))
@@ -376,6 +384,20 @@ def _mcnemar(base: NDArray[np.float64], tuned: NDArray[np.float64]) -> float:
 
     table = [[int(((base == i) & (tuned == j)).sum()) for j in (1, 0)] for i in (1, 0)]
     return float(mcnemar(table, exact=True).pvalue)
+
+
+def _sign_flips(differences: NDArray[np.float64], codes: NDArray[np.int64] | None) -> float:
+    """The p-value of a sum of differences, of every way to flip the signs of items or of whole clusters."""
+    import numpy as np
+    from scipy.stats import permutation_test
+
+    sums = differences if codes is None else np.bincount(codes, differences)
+    if len(sums) < 2:
+        return 1.0
+    tried = permutation_test(
+        (sums,), np.sum, permutation_type="samples", vectorized=True, n_resamples=max(_RESAMPLES, 2**_FEW)
+    )
+    return float(tried.pvalue)
 
 
 def _bootstrap(
