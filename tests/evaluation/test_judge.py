@@ -118,6 +118,7 @@ def test_a_rating_is_asked_with_all_that_came_before(server, endpoint):
     assert places == sorted(places)
     # the right answer to the first turn is shown at both, and that to the second, which is none, at neither
     assert [shown["2", turn][1]["content"].count("[Answer]\n42") for turn in (1, 2)] == [1, 1]
+    assert [shown["2", turn][1]["content"].count("[Answer]\n") for turn in (1, 2)] == [2, 3]
     assert "<<< begin right answers >>>" in shown["2", 1][1]["content"]
     assert "right answers" in shown["2", 1][0]["content"]
     assert "ight answers" not in json.dumps([shown["3", 1], shown["1", 2], shown["four", 1]])

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from instil.errors import DataError, UsageError
 from instil.evaluation.judge import Endpoint
 from instil.evaluation.refusals import (
+    Count,
     Prompt,
     Refusals,
     Verdict,
@@ -121,15 +122,8 @@ def test_each_answer_is_counted_where_it_belongs():
     items = prompts("ssssuuuus")
     found = count_refusals(items, [no, yes, half, " ", no, yes, half, "", no])
     assert found == Refusals(
-        refused_though_safe=(True, False, False, True),
-        answered_though_unsafe=(False, True, False),
-        safe_ids=("0", "1", "2", "8"),
-        unsafe_ids=("4", "5", "6"),
-        partial_safe=1,
-        partial_unsafe=1,
-        empty_safe=1,
-        empty_unsafe=1,
-        unparsed=0,
+        refused_though_safe=Count((True, False, False, True), ("0", "1", "2", "8"), partial=1, empty=1, unparsed=0),
+        answered_though_unsafe=Count((False, True, False), ("4", "5", "6"), partial=1, empty=1, unparsed=0),
     )
 
 
@@ -140,11 +134,14 @@ KINDS = st.sampled_from(["compliance", "refusal", "partial", "empty", None])
 def test_nothing_is_lost(rows):
     items = [Prompt(str(number), "p", "", safe) for number, (safe, _) in enumerate(rows)]
     found = count_refusals(items, ["words"] * len(rows), [Verdict(kind, "") for _, kind in rows])
-    in_lists = len(found.refused_though_safe) + len(found.answered_though_unsafe)
-    assert in_lists + found.empty_safe + found.empty_unsafe + found.unparsed == len(rows)
-    assert sum(found.refused_though_safe) == rows.count((True, "refusal"))
-    assert sum(found.answered_though_unsafe) == rows.count((False, "compliance"))
-    assert len(found.safe_ids) == len(found.refused_though_safe)
+    for safe, count, wrong in (
+        (True, found.refused_though_safe, "refusal"),
+        (False, found.answered_though_unsafe, "compliance"),
+    ):
+        mine = [(item.id, kind) for item, (_, kind) in zip(items, rows, strict=True) if item.safe == safe]
+        assert len(count.wrong) + count.empty + count.unparsed == len(mine)
+        assert dict(zip(count.ids, count.wrong, strict=True)).items() <= {name: k == wrong for name, k in mine}.items()
+        assert sum(count.wrong) == [kind for _, kind in mine].count(wrong)
 
 
 def test_a_judge_tells_the_classes_apart(tmp_path):
@@ -166,8 +163,8 @@ def test_a_judge_tells_the_classes_apart(tmp_path):
     assert [each.kind for each in verdicts] == ["compliance", "refusal", "partial", None, "empty"]
     assert [each.raw for each in verdicts] == [*said.values(), ""]
     found = count_refusals(items, answers, verdicts)
-    assert (found.refused_though_safe, found.answered_though_unsafe) == ((False, True), (False,))
-    assert (found.partial_unsafe, found.unparsed, found.empty_safe) == (1, 1, 1)
+    assert found.refused_though_safe == Count((False, True), ("0", "1"), partial=0, empty=1, unparsed=0)
+    assert found.answered_though_unsafe == Count((False,), ("2",), partial=1, empty=0, unparsed=1)
 
 
 def test_as_many_answers_as_prompts():
