@@ -263,7 +263,7 @@ TOKENS = [
     *("the", "The", "a", "In", "It's", "cat", "Cat", "Smith", "x:", "(see", "[name].", "...", "…", "-", "--"),
     *("end.", "end?", "END!", "what?!", "Wow!!", "note.)", '"Yes."', '"No!"', "“Go.”", "“Go”.", "don't.", "wait..."),
     *("Mr.", "“Mr.", "etc.", "e.g.", "U.S.", "p.m.", "J.", "b.", "A.", "I.", "Inc.", "1.", "-5.", "3,000.", "$5."),
-    *("**bold**", "**Bold.**", "*it*", "* point", "- item", "## Head", "`code`.", "1.*", "https://a.org/b.c?d=e", "5%."),
+    *("**bold**", "**Bold.**", "*it*", "* point", "- item", "## Head", "`code`.", "1.*", "https://a.org/b.c?d=e"),
     *("NASA", "NASA's", "NASA'S", "A", "3D", "(USA)", "'QUOTE'", "DO:", "A,B", "B*C", "A--B", "X…", "O'NEIL", "\n\n"),
     *("DON'T", "IT'S", "WE'RE.", "IT'S.", "DON’T", "CANNOT", "CANNOT.", "GONNA", "gotta", "ПРИВЕТ.", "É", "ß", "`X`"),
 ]  # fmt: skip
