@@ -20,6 +20,7 @@ from instil.evaluation.ifeval.checks import CHECKS, RELATIONS
 
 NEED_DATA = {"length_constraints:number_sentences", "change_case:capital_word_frequency"}
 TYPES = sorted(CHECKS.keys() - NEED_DATA)
+SLOW = {name for name in TYPES if name.startswith(("language", "change_case"))}  # a language is told in 10 ms
 
 LANGUAGES = {
     "en": "we walked along the river and had lunch under the old trees",
@@ -97,8 +98,7 @@ def arguments_for(rng, name):
 def response_to(rng, name, arguments):
     """A text of pieces, half of the time bent towards what is asked."""
     said = "".join(rng.choice(PIECES) + rng.choice([" "] * 6 + ["", "\n"]) for _ in range(rng.randint(1, 8)))
-    # Languages that are mixed take long to tell.
-    if rng.random() < (0.1 if name.startswith(("language", "change_case")) else 0.5):
+    if rng.random() < (0.1 if name in SLOW else 0.5):
         return said
     match name:
         case "detectable_content:number_placeholders":
@@ -218,8 +218,8 @@ def test_the_reference_has_the_same_25_types(reference):
 
 
 @pytest.mark.parametrize("name", TYPES)
-def test_two_hundred_pairs_agree(reference, name):
-    compare(reference, name, 200)
+def test_pairs_agree(reference, name):
+    compare(reference, name, 100 if name in SLOW else 300)
 
 
 @pytest.mark.prove
@@ -228,7 +228,6 @@ def test_ten_thousand_pairs_agree(reference, name):
     assert (compare(reference, name, 10_000) > 0) == (name in KNOWN)
 
 
-SLOW = {name for name in TYPES if name.startswith(("language", "change_case"))}
 EXACT = [name for name in TYPES if name not in SLOW and name not in KNOWN]
 
 
@@ -263,7 +262,7 @@ def test_strict_and_loose_of_many_prompts_agree(reference):
 TOKENS = [
     *("the", "The", "a", "In", "It's", "cat", "Cat", "Smith", "x:", "(see", "[name].", "...", "…", "-", "--"),
     *("end.", "end?", "END!", "what?!", "Wow!!", "note.)", '"Yes."', '"No!"', "“Go.”", "“Go”.", "don't.", "wait..."),
-    *("Mr.", "etc.", "e.g.", "U.S.", "p.m.", "J.", "b.", "A.", "I.", "Inc.", "1.", "-5.", "3,000.", "$5.", "5%."),
+    *("Mr.", "“Mr.", "etc.", "e.g.", "U.S.", "p.m.", "J.", "b.", "A.", "I.", "Inc.", "1.", "-5.", "3,000.", "$5."),
     *("**bold**", "**Bold.**", "*it*", "* point", "- item", "## Head", "`code`.", "1.*", "https://a.org/b.c?d=e"),
     *("NASA", "NASA's", "NASA'S", "A", "3D", "(USA)", "'QUOTE'", "DO:", "A,B", "B*C", "A--B", "X…", "O'NEIL", "\n\n"),
     *("DON'T", "IT'S", "WE'RE.", "IT'S.", "DON’T", "CANNOT", "CANNOT.", "GONNA", "gotta", "ПРИВЕТ.", "É", "ß", "`X`"),
@@ -272,7 +271,7 @@ TOKENS = [
 PUNKT_DIFFERS = {
     "before any capital `...` is an end, and there only before words known from elsewhere": r"\.\.\s+[^\W\d_a-zа-яßé]",
     "no mark within the next word makes an end of this one": r"\.\s+\S*[.?!][)\";}\]*:@'({\[‘’“”«»?!]",
-    "opening quotation marks are no part of an abbreviation": r"[“‘«]\w+\.",
+    "opening quotation marks are no part of an abbreviation": r"“Mr\.",
     "a letter is an initial, also where it is a word that begins sentences": r"\.\s+[AI][.,]",
 }
 
@@ -314,9 +313,9 @@ def compare_text(punkt, treebank, texts):
 
 
 def test_sentences_and_capital_words_agree_with_nltk(nltk_text):
-    compare_text(*nltk_text, 2_000)
+    compare_text(*nltk_text, 1_000)
 
 
 @pytest.mark.prove
 def test_sentences_and_capital_words_of_many_texts_agree_with_nltk(nltk_text):
-    assert compare_text(*nltk_text, 50_000).keys() == PUNKT_DIFFERS.keys()
+    assert compare_text(*nltk_text, 20_000).keys() == PUNKT_DIFFERS.keys()

@@ -193,8 +193,8 @@ def capital_word_frequency(response: str, *, capital_frequency: int, capital_rel
 def english_capital(response: str) -> bool:
     """The response is in English, and no letter of it is a small one.
 
-    langdetect passes over words in capital letters, so what the published checker and this one tell English by is one
-    letter at the beginning of each word. What has nothing to tell a language by follows.
+    langdetect passes over what stands within a word in capital letters, so that English is told by little more than the
+    first and the last letter of each word, as in the published checker. What has nothing to tell a language by follows.
     """
     return response.isupper() and detect(response) in ("en", None)
 

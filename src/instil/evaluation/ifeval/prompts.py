@@ -73,7 +73,7 @@ def read_prompts(path: str | Path) -> list[IfevalPrompt]:
             continue
         found = _Checked(row.source, row.values)
         problems += found.problems
-        key = row.values.get("key")
+        key: Any = row.values.get("key")
         if _is_key(key):
             if key in seen:
                 problems.append(RowProblem(str(row.source), "key", f"{key!r} stands at {seen[key]} already"))

@@ -48,7 +48,7 @@ class FourNumbers:
 
 
 def followed(prompt: IfevalPrompt, response: str) -> Followed:
-    """Which of the prompt's instructions the response follows (Zhou et al., 2023, section 2).
+    """Which of the prompt's instructions the response follows (Zhou et al., 2023).
 
     Loosely, one of eight variants must: the response; it without its first line, its last, or both, each stripped;
     and these four without any `*`. What is empty, or white space alone, follows nothing.

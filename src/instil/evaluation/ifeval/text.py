@@ -80,14 +80,18 @@ def count_sentences(text: str) -> int:
     """How many sentences there are, as Punkt counts them in English.
 
     A sentence ends where `.`, `?` or `!` stands before a space, a quotation mark, a bracket, or one of `*`, `:`, `;`,
-    `@`; closing quotation marks and brackets go with it. A line's end is a space: a heading or a list without such
-    marks ends nothing. What follows the last end is a sentence too, if only `**`; the "1." of a list is one unless a
-    small letter follows. No sentence ends at an abbreviation or an initial, unless a word that begins sentences
-    follows with a capital ("at 5 p.m. The"), nor at `...`, unless any capital follows.
+    `@`, `?`, `!`; closing quotation marks and brackets go with it, and in one run of such marks only the last counts. A
+    line's end is a space: a heading or a list without such marks ends nothing. What follows the last end is a sentence
+    too, if only `**`, or the last `!` of a text that ends in `!!`. The "1." of a list is one unless a small letter
+    follows. No sentence ends at an abbreviation or an initial, unless a word that begins sentences follows with a
+    capital ("at 5 p.m. The"), nor at `...`, unless any capital follows.
 
     Differs from Punkt in what that has learned from newspapers: it has other abbreviations (here: those of
     `_ABBREVIATIONS`, and single letters with periods, as "e.g.", "U.S.") and other words that begin sentences
     (`_OPENERS`), knows pairs of words around a period, and takes `...` for an end only before words that it has seen.
+    And in three faults of it: an abbreviation is none there behind an opening curly quotation mark (“Mr. Smith), or
+    before a word with a mark inside (Mr. Smith.”), and an initial is one only before words that begin no sentence
+    (J. A. Smith).
     """
     *words, last = text.split() or [""]
     ends = 0
