@@ -40,6 +40,7 @@ _WITH_FILE = ("ifeval", "refusals", "judge")
 _FEW = 30
 _SHOWN = 40
 _TEXTS = 100
+_WIDTH = 110
 _SEED = 1_000_000  # of the bundled plain text: none that the bundled model was trained on
 _OF_PROMPTS = PromptOptions.model_fields
 Switch = Annotated[bool, Parameter(negative=())]
@@ -72,7 +73,7 @@ class EvaluateOptions(SamplingOptions, DataOptions):
         description="Metrics of records that name none: exact_match, accuracy, token_f1, rouge_l, chrf, bleu, numeric, "
         "execute.",
     )
-    limit: int | None = Field(default=None, ge=1, description="Only the first so many items of each suite.")
+    limit: int | None = Field(default=None, ge=1, description="Only so many items of each suite, evenly spaced.")
     execute: Switch = Field(
         default=False, description="Run programs that the model writes, in a process of their own without network."
     )
@@ -156,7 +157,8 @@ def evaluate(*, options: Annotated[EvaluateOptions | None, Parameter(name="*")] 
     if options.rescore is not None:
         _rescore(options)
         return
-    assert options.model is not None and options.output is not None
+    assert options.model is not None
+    assert options.output is not None
     begun = time.monotonic()
     suites = _suites(options)
     items = _items(suites, options.limit)
@@ -246,8 +248,10 @@ def _items(suites: Sequence[Suite], limit: int | None) -> list[Item]:
     for suite in suites:
         found = suite.items()
         if limit is not None and len(found) > limit:
-            sys.stderr.write(f"instil: note: {suite.name}: the first {limit:,} of {len(found):,} items (--limit)\n")
-            found = found[:limit]
+            sys.stderr.write(
+                f"instil: note: {suite.name}: {limit:,} of {len(found):,} items, evenly spaced (--limit)\n"
+            )
+            found = [found[at * len(found) // limit] for at in range(limit)]
         items += found
     return items
 
@@ -445,6 +449,7 @@ def _show(
     from rich.text import Text
 
     console = Console(highlight=False)
+    console.width = max(console.width, _WIDTH)
     for suite in suites:
         of_suite = [each for each in figures if each.suite == suite.name and not each.family]
         console.print(Text(f"{suite.name}: {suite.about}", "bold"))
@@ -461,7 +466,7 @@ def _table(figures: Sequence[Figure]) -> Table:
     paired = any(each.base is not None for each in figures)
     table = Table(box=None, padding=(0, 2, 0, 2))
     for column in ("", "items", *(["base"] if paired else []), "tuned", *(["verdict"] if paired else [])):
-        table.add_column(column, justify="right" if column == "items" else "left")
+        table.add_column(column, justify="right" if column == "items" else "left", no_wrap=True)
     for each in figures:
         verdict = each.comparison.verdict if each.comparison else ""
         row = [each.measure, f"{each.tuned.n:,}", each.with_interval("base"), each.with_interval("tuned"), verdict]

@@ -87,7 +87,8 @@ class Figure:
             return ""
         if found.low is None:
             return self.shown(found.mean)
-        return f"{self.shown(found.mean)} ({self.shown(found.low)} to {self.shown(found.high)})"
+        low, high = (self.shown(each).removesuffix(" %") for each in (found.low, found.high))
+        return f"{self.shown(found.mean)} ({low} to {high})"
 
     def to_json(self) -> dict[str, Any]:
         """All of it as plain JSON values."""
