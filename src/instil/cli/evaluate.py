@@ -40,7 +40,7 @@ _WITH_FILE = ("ifeval", "refusals", "judge")
 _FEW = 30
 _SHOWN = 40
 _TEXTS = 100
-_WIDTH = 110
+_WIDTH = 120
 _SEED = 1_000_000  # of the bundled plain text: none that the bundled model was trained on
 _OF_PROMPTS = PromptOptions.model_fields
 Switch = Annotated[bool, Parameter(negative=())]
