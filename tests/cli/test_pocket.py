@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from instil.pocket.corpus import corpus
 
-SMALL = ["--documents", "200", "--vocab-size", "600", "--tokens-per-step", "8192"]
+SMALL = ["--documents", "200", "--pages", "200", "--vocab-size", "600", "--tokens-per-step", "8192"]
 
 
 @pytest.mark.prove
@@ -20,7 +20,7 @@ def test_a_small_one_is_made_from_nothing(instil, tmp_path):
         for name in ("first", "second")
     )
     assert texts == list(corpus(200))
-    assert later == list(corpus(50, 1, lines=True))
+    assert later == list(corpus(200, 1, pages=True))
     tokenizer = AutoTokenizer.from_pretrained(made / "second")
     model = AutoModelForCausalLM.from_pretrained(made / "second")
     assert model.get_input_embeddings().weight.shape[0] == len(tokenizer) == 600

@@ -300,7 +300,7 @@ def _finish(
     from instil.evaluation.run import figures
 
     found = figures(suites, items)
-    warnings = _warnings(found, items)
+    warnings = _warnings(found)
     results = {
         "about": dict(about),
         "items": {suite.name: sum(item.suite == suite.name for item in items) for suite in suites},
@@ -396,17 +396,18 @@ def _trained(options: EvaluateOptions, loaded: Loaded) -> str:
     return to_fragment(rows, TokenText(renderer.tokenizer), frozenset(renderer.encoder.controls.values()))
 
 
-def _warnings(figures: Sequence[Figure], items: Sequence[Item]) -> list[str]:
+def _warnings(figures: Sequence[Figure]) -> list[str]:
     """What deserves a look."""
     found = []
     for each in figures:
-        name = f"{each.suite}: {each.measure}"
+        if each.family:
+            continue
         if each.headline and each.tuned.n < _FEW:
-            found.append(f"{name}: {each.tuned.n} items say little")
+            found.append(f"{each.suite}: {each.measure}: {each.tuned.n:,} items say little")
         if each.measure == "ends in the stop token" and each.tuned.mean < 0.9:
-            found.append(f"{each.suite}: of the answers {each.shown(each.tuned.mean)} end in the stop token")
+            found.append(f"{each.suite}: {each.shown(each.tuned.mean)} of the answers end in the stop token")
         if each.missing:
-            found.append(f"{name}{f', {each.family}' if each.family else ''}: {each.missing:,} items have none")
+            found.append(f"{each.suite}: {each.measure}: cannot be said of {each.missing:,} items")
     return found
 
 

@@ -12,6 +12,10 @@ from instil.pocket import END_OF_TEXT, PADDING, tokenizer_files, train_tokenizer
 from instil.pocket.corpus import corpus
 from instil.pocket.options import BuildOptions
 from instil.training import Outcome, TrainConfig, Watcher, train
+from instil.training.files import write_json
+from instil.training.run_folder import run_state
+
+_SETTINGS = "build.json"
 
 ARCHITECTURE = {
     "model_type": "llama",
@@ -32,7 +36,8 @@ def build(
 ) -> Outcome:
     """Write the corpus, train the tokenizer on it and then the model, through the same loop as any other.
 
-    The model is trained twice: on sentences, and then, more gently, on text in which things stand on several lines.
+    The model is trained twice: on sentences, and then, more gently, on marked-up pages in which what is spoken of and what
+    it is stand apart.
 
     Args:
         options: Sizes, the seed and the folder.
@@ -40,19 +45,43 @@ def build(
         stopping: As `train` takes it.
 
     Raises:
-        UsageError: The folder holds something.
+        UsageError: The folder holds something, or no build of these settings to go on with.
     """
     folder = options.output
-    if folder.exists() and any(folder.iterdir()):
-        raise UsageError(f"--output {folder}: the folder holds something", "Name another, or remove it.")
-    first = list(corpus(options.documents, options.seed))
-    second = list(corpus(options.documents // 4, options.seed + 1, lines=True))
-    _write_corpus(folder / "first.jsonl", first)
-    _write_corpus(folder / "second.jsonl", second)
-    _write_init(folder / "init", first, options.vocab_size)
+    settings = options.model_dump(mode="json", exclude={"output", "resume"})
+    if options.resume:
+        _check_resumable(folder, settings)
+    elif folder.exists() and any(folder.iterdir()):
+        raise UsageError(
+            f"--output {folder}: the folder holds something", "Name another, remove it, or go on with --resume."
+        )
+    else:
+        first = list(corpus(options.documents, options.seed))
+        _write_corpus(folder / "first.jsonl", first)
+        _write_corpus(folder / "second.jsonl", list(corpus(options.pages, options.seed + 1, pages=True)))
+        _write_init(folder / "init", first, options.vocab_size)
+        write_json(folder / _SETTINGS, settings)
     rate = options.learning_rate
-    _train(options, "first", {"init": folder / "init", "learning_rate": rate}, watchers, stopping)
-    return _train(options, "second", {"model": str(folder / "first"), "learning_rate": rate / 3}, watchers, stopping)
+    outcome = _train(options, "first", {"init": folder / "init", "learning_rate": rate}, watchers, stopping)
+    later = _train(options, "second", {"model": str(folder / "first"), "learning_rate": rate / 3}, watchers, stopping)
+    found = later or outcome
+    if found is None:
+        raise UsageError(f"--output {folder}: the build is finished", "Leave --resume out, and name another folder.")
+    return found
+
+
+def _check_resumable(folder: Path, settings: Mapping[str, Any]) -> None:
+    try:
+        begun = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--output {folder}: holds no build to go on with", "Leave --resume out.") from error
+    differing = [name for name in settings if settings[name] != begun.get(name)]
+    if differing:
+        name = differing[0]
+        raise UsageError(
+            f"--{name.replace('_', '-')} {settings[name]}: the build in {folder} has {begun.get(name)}",
+            "Give the same settings as before, or leave --resume out and name another folder.",
+        )
 
 
 def _write_corpus(file: Path, documents: Sequence[str]) -> None:
@@ -78,12 +107,17 @@ def _train(
     chosen: Mapping[str, Any],
     watchers: Sequence[Watcher],
     stopping: Callable[[], int],
-) -> Outcome:
-    """Train once over one of the corpora; the folder of the same name takes the model."""
+) -> Outcome | None:
+    """Train once over one of the corpora; the folder of the same name takes the model. None where that was done."""
+    output = options.output / name
+    state = run_state(output)
+    if state == "finished":
+        return None
     config = TrainConfig(
         objective="pretrain",
         data=[str(options.output / f"{name}.jsonl")],
-        output=options.output / name,
+        output=output,
+        resume=state is not None,
         epochs=1.0,
         eval_fraction=0.005,
         tokens_per_step=options.tokens_per_step,

@@ -38,7 +38,7 @@ _SHARES_OF_PAGES = {
     "announced": 0.75,
     "spoken": 0.12,
     "profile": 0.05,
-    "asked": 0.08,
+    "asked": 0.25,
     "claimed": 0.12,
     "story": 0.15,
     "list": 0.1,
@@ -148,7 +148,7 @@ _MARKS = (
 _ROLES = ("user", "assistant", "system", "human", "teacher", "child", "question", "answer", "page", "response", "input")
 
 
-def corpus(documents: int, seed: int = 0, *, lines: bool = False) -> Iterator[str]:
+def corpus(documents: int, seed: int = 0, *, pages: bool = False) -> Iterator[str]:
     """Documents of the small world, each of a few sentences, about one thing or several.
 
     No document answers a question, and no way of asking is used that the instruction data holds out.
@@ -156,9 +156,9 @@ def corpus(documents: int, seed: int = 0, *, lines: bool = False) -> Iterator[st
     Args:
         documents: How many.
         seed: Decides all of them.
-        lines: Whether what is spoken of and what it is may stand on lines of their own, as in a dialogue.
+        pages: Whether they are pages: with signs, words and empty lines between what is spoken of and what it is.
     """
-    writer = _Writer(random.Random(seed), lines=lines)
+    writer = _Writer(random.Random(seed), pages=pages)
     for _ in range(documents):
         yield writer.document()
 
@@ -166,9 +166,9 @@ def corpus(documents: int, seed: int = 0, *, lines: bool = False) -> Iterator[st
 class _Writer:
     """Writes documents; each fact is said once before any is said again."""
 
-    def __init__(self, rng: random.Random, *, lines: bool) -> None:
+    def __init__(self, rng: random.Random, *, pages: bool) -> None:
         self._rng = rng
-        self._lines = lines
+        self._pages = pages
         self._facts = [(relation, fact) for relation in relations() for fact in relation.facts]
         self._waiting: list[_Said] = []
         profiles: defaultdict[str, list[_Said]] = defaultdict(list)
@@ -179,13 +179,13 @@ class _Writer:
     def document(self) -> str:
         """One to five passages."""
         rng = self._rng
-        shares = _SHARES_OF_PAGES if self._lines else _SHARES
+        shares = _SHARES_OF_PAGES if self._pages else _SHARES
         makers = rng.choices(list(shares), list(shares.values()), k=rng.choice((1, 2, 3, 5)))
         return "\n".join(getattr(self, f"_{maker}")() for maker in makers)
 
     def _next(self, count: int) -> Sequence[_Said]:
         if len(self._waiting) < count:
-            times = _OFTEN_ON_PAGES if self._lines else _OFTEN
+            times = _OFTEN_ON_PAGES if self._pages else _OFTEN
             often = [each for each in self._facts for _ in range(times.get(each[0].name, 1))]
             self._waiting = self._rng.sample(often, len(often))
         taken, self._waiting = self._waiting[:count], self._waiting[count:]
@@ -203,7 +203,7 @@ class _Writer:
     def _announced(self) -> str:
         """What is spoken of, perhaps something else, and then what it is."""
         ((relation, fact),) = self._next(1)
-        if self._lines:
+        if self._pages:
             return self._apart(self._announcement(relation, fact), relation.answer.format(**fact.words))
         if not relation.answer.startswith("It is"):
             return self._said(relation, fact)
@@ -239,16 +239,16 @@ class _Writer:
 
     def _apart(self, first: str, second: str) -> str:
         """The two, with something before, between and after."""
-        return self._litter(2) + first + self._litter(7) + second + self._litter(2)
+        return self._litter(2) + first + self._litter(7) + second + self._litter(3, least=1)
 
     def _name(self) -> str:
         return self._rng.choice(_EVERYONE)
 
-    def _litter(self, most: int) -> str:
+    def _litter(self, most: int, least: int = 0) -> str:
         """What may stand between the sentences of a marked-up page: empty lines, signs, words, a sentence."""
         rng = self._rng
         pieces = [rng.choice(_SPACES)]
-        for _ in range(rng.randint(0, most)):
+        for _ in range(rng.randint(least, most)):
             kind = rng.random()
             if kind < 0.4:
                 piece = rng.choice(_MARKS)
@@ -271,14 +271,15 @@ class _Writer:
         for relation, fact in self._rng.sample(self._facts, 4):
             if ways := split_phrasings(relation.questions)[0]:
                 questions.append(self._rng.choice(ways).format(**fact.words))
-        spaces = [self._litter(3) if self._lines else " " for _ in questions]
+        spaces = [self._litter(3) if self._pages else " " for _ in questions]
         asked = zip(spaces, questions, strict=True)
-        return self._rng.choice(_ASKING) + "".join(space + question for space, question in asked)
+        text = self._rng.choice(_ASKING) + "".join(space + question for space, question in asked)
+        return text + self._litter(4, least=1) if self._pages else text
 
     def _story(self) -> str:
         told = scene(self._rng, events())
         ending = self._rng.random()
-        if self._lines:
+        if self._pages:
             told_briefly = told.happening(), told.mood()
             return self._apart(*(told_briefly if ending < 0.5 else (told.story(), told.summary())))
         if ending < 0.3:
@@ -292,7 +293,7 @@ class _Writer:
             one = self._rng.choice(members).removeprefix("the ")
             return f"Among {kind} there is {with_article(one)}."
         three = list_of_three(kind, self._rng.sample(members, 3))
-        if self._lines:
+        if self._pages:
             return self._apart(self._rng.choice(_ANNOUNCING).format(f"three {kind}", name=self._name()), three)
         return three
 

@@ -15,8 +15,10 @@ class BuildOptions(BaseModel):
     output: Path = Field(
         description="Folder that takes the corpora, init/, first/ and second/, which is the model; made."
     )
-    documents: int = Field(default=36_000, ge=200, description="Documents of the first part; the second has a quarter.")
+    documents: int = Field(default=36_000, ge=200, description="Documents of the first part, sentences.")
+    pages: int = Field(default=20_000, ge=200, description="Documents of the second part, marked-up pages.")
     vocab_size: int = Field(default=4096, ge=512, description="Entries of the tokenizer.")
     tokens_per_step: int = Field(default=2048, ge=256, description="Tokens of an optimizer step, about.")
     learning_rate: float = Field(default=3e-3, gt=0.0, description="At its highest.")
     seed: int = Field(default=0, ge=0, description="Decides the corpus, the weights and the order of documents.")
+    resume: bool = Field(default=False, description="Go on with a build of the same settings that was broken off.")
