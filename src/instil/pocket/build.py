@@ -13,7 +13,7 @@ from instil.pocket.corpus import corpus
 from instil.pocket.options import BuildOptions
 from instil.training import Outcome, TrainConfig, Watcher, train
 from instil.training.files import write_json
-from instil.training.run_folder import run_state
+from instil.training.output import run_state
 
 _SETTINGS = "build.json"
 
@@ -36,8 +36,8 @@ def build(
 ) -> Outcome:
     """Write the corpus, train the tokenizer on it and then the model, through the same loop as any other.
 
-    The model is trained twice: on sentences, and then, more gently, on marked-up pages in which what is spoken of and what
-    it is stand apart.
+    The model is trained twice: on sentences, and then, more gently, on marked-up pages in which what is
+    spoken of and what it is stand apart.
 
     Args:
         options: Sizes, the seed and the folder.
