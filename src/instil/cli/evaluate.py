@@ -406,8 +406,11 @@ def _warnings(figures: Sequence[Figure]) -> list[str]:
             found.append(f"{each.suite}: {each.measure}: {each.tuned.n:,} items say little")
         if each.measure == "ends in the stop token" and each.tuned.mean < 0.9:
             found.append(f"{each.suite}: {each.shown(each.tuned.mean)} of the answers end in the stop token")
-        if each.missing:
-            found.append(f"{each.suite}: {each.measure}: cannot be said of {each.missing:,} items")
+        found += [
+            f"{each.suite}: {each.measure}: cannot be said of {count:,} items of the {who} model"
+            for who, count in each.missing.items()
+            if count
+        ]
     return found
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from instil.evaluation.items import Item, Scores, Who
 from instil.evaluation.statistics import Comparison, Mean, Share, compare, holm
 
-Value = bool | float | Sequence[bool] | Sequence[float] | None
+Value = bool | float | Sequence[bool] | Sequence[float | None] | None
 Unit = Literal["share", "points", "perplexity", "nats", ""]
 
 
@@ -20,8 +20,8 @@ class Measure:
 
     Args:
         name: What it is called.
-        value: Takes it out of the scores: whether it is so, a number, one truth for each of several parts of the item,
-            or None where it cannot be said.
+        value: Takes it out of the scores: whether it is so, a number, one of these for each of several parts of the
+            item, as many for every model, or None where it cannot be said.
         unit: `share` of items; `points` up to `high`; `perplexity`, of a mean loss in nats; `nats`; "" for a number.
         higher_is_better: Whether a greater value is.
         high: The greatest that a number can be; None where there is no such thing. The least is `low`.
@@ -54,7 +54,7 @@ class Figure:
         tuned: The tuned model's; of a perplexity the mean loss in nats, for which `shown` has the perplexity.
         base: The base model's, where there is one.
         comparison: The two on the same items.
-        missing: Items of which it cannot be said, of one model at least; they are in no figure.
+        missing: Items of which it cannot be said, of each model; they are in none of its figures.
         headline: Whether it is of those that are tested together.
         extra: What else is known of it, by name.
     """
@@ -66,7 +66,7 @@ class Figure:
     tuned: Share | Mean
     base: Share | Mean | None
     comparison: Comparison | None
-    missing: int
+    missing: dict[Who, int]
     headline: bool
     extra: dict[str, Any]
 
@@ -104,48 +104,70 @@ class Figure:
 
 
 def figure(suite: str, measure: Measure, items: Sequence[Item], family: str = "", **extra: Any) -> Figure | None:
-    """A measure over items; None where it can be said of none of them."""
+    """A measure over items: of each model over those it can be said of, the comparison over those of both.
+
+    None where it can be said of no answer of the tuned model.
+    """
     paired = not measure.alone and any("base" in item.scores for item in items)
     whos: tuple[Who, ...] = ("tuned", "base") if paired else ("tuned",)
-    found = [[measure.value(item.scores.get(who, {})) for who in whos] for item in items]
-    kept = [(item, values) for item, values in zip(items, found, strict=True) if None not in values]
-    if not kept:
+    values = {who: [measure.value(item.scores.get(who, {})) for item in items] for who in whos}
+    columns = {who: _Column.of(measure, who, items, values[who]) for who in whos}
+    tuned, base = columns["tuned"], columns.get("base")
+    if not tuned.values:
         return None
-    several = any(isinstance(values[0], list | tuple) for _, values in kept)
-    columns = [
-        [each for _, values in kept for each in _parts(values[at])]  # one for each part of each item
-        for at in range(len(whos))
-    ]
-    clusters = [item.id for item, values in kept for _ in _parts(values[0])] if several else None
-    weights = [[measure.weight(item.scores[who]) for item, _ in kept] for who in whos] if measure.weight else None
-    bounds = None if measure.high is None else (measure.low, measure.high)
-    if all(isinstance(each, bool) for column in columns for each in column):
-        estimates: list[Share | Mean] = [Share.of(column, clusters) for column in columns]
-    else:
-        estimates = [
-            Mean.of(column, clusters, bounds, weights[at] if weights else None) for at, column in enumerate(columns)
-        ]
     comparison = None
-    if paired:
-        comparison = compare(
-            columns[1],
-            columns[0],
-            clusters,
-            higher_is_better=measure.higher_is_better,
-            weights=weights[0] if weights else None,
-        )
+    if base is not None:
+        pairs = [
+            (item, before, after)
+            for item, *several in zip(items, values["base"], values["tuned"], strict=True)
+            for before, after in zip(*map(_parts, several), strict=True)
+            if before is not None and after is not None
+        ]
+        if pairs:
+            comparison = compare(
+                [before for _, before, _ in pairs],
+                [after for _, _, after in pairs],
+                None if tuned.clusters is None else [item.id for item, _, _ in pairs],
+                higher_is_better=measure.higher_is_better,
+                weights=[measure.weight(item.scores["tuned"]) for item, _, _ in pairs] if measure.weight else None,
+            )
     return Figure(
         suite,
         measure.name,
         family,
         measure.unit,
-        estimates[0],
-        estimates[1] if paired else None,
+        tuned.estimate(measure),
+        base.estimate(measure) if base is not None and base.values else None,
         comparison,
-        len(items) - len(kept),
+        {who: values[who].count(None) for who in whos},
         measure.headline and not family,
         extra,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """The values of a model: one for each item, or for each part of each, with what it belongs to and counts."""
+
+    values: list[Any]
+    clusters: list[str] | None
+    weights: list[float] | None
+
+    @classmethod
+    def of(cls, measure: Measure, who: Who, items: Sequence[Item], values: Sequence[Value]) -> _Column:
+        kept = [(item, value) for item, value in zip(items, values, strict=True) if value is not None]
+        several = any(isinstance(value, list | tuple) for _, value in kept)
+        return cls(
+            [each for _, value in kept for each in _parts(value) if each is not None],
+            [item.id for item, value in kept for each in _parts(value) if each is not None] if several else None,
+            [measure.weight(item.scores[who]) for item, _ in kept] if measure.weight else None,
+        )
+
+    def estimate(self, measure: Measure) -> Share | Mean:
+        if all(isinstance(each, bool) for each in self.values):
+            return Share.of(self.values, self.clusters)
+        bounds = None if measure.high is None else (measure.low, measure.high)
+        return Mean.of(self.values, self.clusters, bounds, self.weights)
 
 
 def adjusted(figures: Sequence[Figure]) -> list[Figure]:

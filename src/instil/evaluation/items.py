@@ -83,7 +83,7 @@ def read_items(folder: Path) -> list[Item]:
     """
     path = folder / ITEMS
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"{path}: cannot be read: {reason}", "Name a folder that `instil evaluate` wrote.") from error

@@ -141,7 +141,7 @@ def compared(figures: Sequence[Figure], about: Mapping[str, str]) -> list[tuple[
                 _bar(each, each.tuned),
                 each.tuned.n,
                 _verdict(each),
-                f"{each.missing:,} items without" if each.missing else "",
+                "; ".join(f"{who}: {count:,} without" for who, count in each.missing.items() if count),
                 detail=bool(each.family),
             )
         )

@@ -489,8 +489,8 @@ def _rated(raw: str) -> dict[str, Any]:
     return {"rating": judge.rating(raw), "raw": raw}
 
 
-def _ratings(scores: Scores) -> list[float] | None:
-    return [each["rating"] for each in scores["ratings"] if each["rating"] is not None] or None
+def _ratings(scores: Scores) -> list[float | None]:
+    return [each["rating"] for each in scores["ratings"]]
 
 
 def _rating_of(turn: int, scores: Scores) -> float | None:
