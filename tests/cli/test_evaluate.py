@@ -1,8 +1,10 @@
 """`instil evaluate` as a user runs it: every figure is had again from the items, and from plain transformers."""
 
+import html
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -348,3 +350,23 @@ def test_a_judge_rates_both_turns_and_chooses_in_both_orders(root, tmp_path, cap
     assert read_results(tmp_path / "out")[0]["figures"] == results["figures"]
     assert math.isclose(one(results, "judge", "rating of turn 2")["tuned"]["mean"], 7.0)
     capsys.readouterr()
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the browser chromium")
+@pytest.mark.parametrize("width", [390, 1200])
+def test_the_report_fits_the_screen(evaluated, tmp_path, width):
+    page = (evaluated[0] / "report.html").read_text(encoding="utf-8")
+    frame = f'<iframe style="width: {width}px; border: 0" srcdoc="{html.escape(page)}"></iframe>'
+    measure = (
+        "<script>onload = () => {document.title = "
+        "'wide ' + document.querySelector('iframe').contentDocument.documentElement.scrollWidth}</script>"
+    )
+    (tmp_path / "page.html").write_text(frame + measure, encoding="utf-8")  # no window is as narrow as a phone
+    browser = "chromium --headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --dump-dom"
+    done = subprocess.run(
+        [*browser.split(), "--window-size=1400,800", f"--user-data-dir={tmp_path}", f"file://{tmp_path}/page.html"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(re.search(r"<title>wide (\d+)", done.stdout)[1]) <= width
