@@ -74,7 +74,7 @@ def measure(config: TrainConfig, rows: Rows) -> Measure:
     left_out = count - len(asked)
     about = f"{name} ({'higher' if higher else 'lower'} is better) of greedy answers to {len(asked):,} of "
     about += f"{len(records):,} held-out rows" + (", evenly spaced" if count < len(records) else "")
-    about += f"; {left_out:,} more have a last answer of which nothing is trained" if left_out else ""
+    about += f"; of {left_out:,} more nothing of the last answer is trained" if left_out else ""
     return Measure(answers, higher, about)
 
 
