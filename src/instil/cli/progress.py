@@ -36,7 +36,7 @@ class Progress:
         self._seconds = seconds
         self._steps = 0
         self._said_at = 0.0
-        self._eval_loss: float | None = None
+        self._evaluation: Evaluation | None = None
         self._bar: Live | None = None
 
     def __enter__(self) -> Progress:
@@ -60,11 +60,11 @@ class Progress:
             self._step(step)
 
     def evaluated(self, evaluation: Evaluation) -> None:
-        """Say the loss on held-out rows."""
-        self._eval_loss = evaluation.eval_loss
+        """Say the loss on held-out rows, and the metric."""
+        self._evaluation = evaluation
         best = ", the best so far" if evaluation.best else ""
         with self._heard():
-            self._print(f"step {evaluation.step:,}: held-out loss {evaluation.eval_loss:.4f}{best}")
+            self._print(f"step {evaluation.step:,}: held-out loss {_measured(evaluation)}{best}")
 
     @contextmanager
     def _heard(self) -> Iterator[None]:
@@ -97,7 +97,7 @@ class Progress:
         trained = step.tokens_per_second * step.trained_tokens / max(1, step.tokens)
         parts = [
             f"loss {step.loss:.4f}",
-            f"held out {self._eval_loss:.4f}" if self._eval_loss is not None else "",
+            f"held out {_measured(self._evaluation)}" if self._evaluation is not None else "",
             f"lr {step.learning_rate:.2e}",
             f"{step.tokens_per_second:,.0f} tokens/s, {trained:,.0f} trained",
             _memory(),
@@ -135,6 +135,12 @@ def _shown(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {_shown(item)}" for name, item in value.items())
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _measured(evaluation: Evaluation) -> str:
+    """The loss, and the metric where there is one."""
+    metric = "" if evaluation.value is None else f", {evaluation.metric} {evaluation.value:.4f}"
+    return f"{evaluation.eval_loss:.4f}{metric}"
 
 
 def _memory() -> str:

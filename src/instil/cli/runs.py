@@ -17,6 +17,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from instil.cli.curve import draw
+from instil.training.events import best_of
 from instil.training.files import plain
 from instil.training.runs import Run, find_runs, read_run
 
@@ -106,6 +107,7 @@ def _facts(run: Run) -> dict[str, str]:
             if best
             else None
         ),
+        **_metric(run),
         "weights": f"those of step {kept:,}" if outcome else None,
         "stopped early": "yes" if outcome.get("stopped_early") else None,
         "base model": record.get("base_model"),
@@ -113,6 +115,16 @@ def _facts(run: Run) -> dict[str, str]:
         "notes": "; ".join(record.get("notes") or []),
     }
     return {name: str(fact) for name, fact in facts.items() if fact}
+
+
+def _metric(run: Run) -> dict[str, str]:
+    """How the metric stands that decides which weights are the best, where it is not the loss."""
+    first, best = next(iter(run.evaluations), None), best_of(run.evaluations)
+    if first is None or first.metric is None:
+        return {}
+    said = f"{_number(first.value)} to {_number(run.evaluations[-1].value)}"
+    said += f", at best {_number(best.value)} after step {best.step:,}" if best else ""
+    return {f"held-out {first.metric}": said}
 
 
 def _changed(run: Run) -> dict[str, Any]:
@@ -148,6 +160,7 @@ def _series(run: Run) -> dict[str, Any]:
     return {
         "losses": [[each.step, each.loss] for each in run.history],
         "eval_losses": [[each.step, each.eval_loss] for each in run.evaluations],
+        "eval_metrics": [[each.step, each.metric, each.value] for each in run.evaluations if each.metric],
     }
 
 

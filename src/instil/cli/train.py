@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from contextlib import nullcontext, suppress
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 from pydantic import Field, model_validator
@@ -14,8 +14,12 @@ from pydantic import Field, model_validator
 from instil.cli.main import REMEDIES
 from instil.cli.stopping import Stopping
 from instil.errors import UsageError
+from instil.evaluation.held_out import check_metric
 from instil.training.config import TrainConfig, check
-from instil.training.events import Outcome
+from instil.training.events import Outcome, Watcher
+
+if TYPE_CHECKING:
+    from instil.training.run import Measuring
 
 _INSTEAD = ("dry_run", "print_config", "print_schema")
 Switch = Annotated[bool, Parameter(negative=())]
@@ -39,6 +43,8 @@ class TrainCommand(TrainConfig):
         if not self.data:
             raise UsageError("--data: is missing", REMEDIES["data"])
         check(self)
+        if self.eval_metric != "loss":
+            check_metric(self.eval_metric)
         if self.output is None and not instead:
             raise UsageError("--output: is missing", "Name the folder that takes the tuned model, which is made.")
         return self
@@ -90,7 +96,7 @@ def _show(config: TrainConfig) -> None:
     from instil.training import resolve
 
     hush()
-    show_resolved(resolve(config), Console(highlight=False))
+    show_resolved(resolve(config, _measure(config)), Console(highlight=False))
 
 
 def _train(config: TrainConfig) -> None:
@@ -106,13 +112,23 @@ def _train(config: TrainConfig) -> None:
     hush()
     speaks = os.environ.get("RANK", "0") == "0"  # of several processes that torchrun started
     with Progress() if speaks else nullcontext() as progress, Stopping() as stopping:
-        outcome = run(config, [stopping, *([progress] if progress else [])], stopping=stopping.asked)
+        watchers: list[Watcher] = [stopping, *([progress] if progress else [])]
+        outcome = run(config, watchers, stopping=stopping.asked, measure=_measure(config))
     if not speaks:
         return
     notes = "".join(f"instil: note: {note}\n" for note in outcome.notes)
     with suppress(OSError):  # no one hears, and the model is written
         sys.stderr.write(f"instil: {_summary(outcome)}\n{notes}instil: wrote {config.output}\n")
         sys.stderr.flush()
+
+
+def _measure(config: TrainConfig) -> Measuring | None:
+    """What measures the metric chosen; None where that is the loss."""
+    if config.eval_metric == "loss":
+        return None
+    from instil.evaluation.held_out import measure
+
+    return measure
 
 
 def hush() -> None:
@@ -127,13 +143,17 @@ def _summary(outcome: Outcome) -> str:
     said = f"{outcome.steps:,} step{'s' if outcome.steps > 1 else ''} in {outcome.seconds:,.0f} seconds"
     if outcome.history:
         said += f", loss {outcome.history[0].loss:.4f} to {outcome.history[-1].loss:.4f}"
+    metric = None
     if outcome.evaluations:
-        said += f", held-out loss {outcome.evaluations[0].eval_loss:.4f} to {outcome.evaluations[-1].eval_loss:.4f}"
+        first, last = outcome.evaluations[0], outcome.evaluations[-1]
+        metric = last.metric
+        said += f", held-out loss {first.eval_loss:.4f} to {last.eval_loss:.4f}"
+        said += f", {metric} {first.value:.4f} to {last.value:.4f}" if metric else ""
     skipped = sum(not step.taken for step in outcome.history)
     if skipped:
         said += f"; {skipped:,} steps were skipped, for their loss or gradient was no finite number"
     if outcome.stopped_early:
-        said += "; ended early, for the held-out loss fell no more"
+        said += f"; ended early, for the held-out {f'{metric} got no better' if metric else 'loss fell no more'}"
     if outcome.best_step is not None:
         said += f"; the weights are those of step {outcome.best_step:,}"
     return said

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from instil.conversation import Conversation, Record
-from instil.data import Records
 from instil.errors import DataError, RowProblem, UsageError, nearest
 from instil.evaluation import ifeval, judge, metrics, refusals
 from instil.evaluation.execute import Program, Ran
@@ -67,7 +66,7 @@ class OwnRecords(Suite):
 
     def __init__(
         self,
-        records: Records | None = None,
+        records: Iterable[Record] | None = None,
         metric: Sequence[str] = ("exact_match",),
         *,
         run: Run | None = None,
@@ -108,7 +107,7 @@ class OwnRecords(Suite):
                 asked = [item for item in items if name in item.wanted["metrics"]]
                 if name == "execute" and self._run is None:  # as it was, then
                     continue
-                scored = metrics.score(name, [_held_against(item, who) for item in asked], self._run)
+                scored = metrics.score(name, [held_against(item, who) for item in asked], self._run)
                 for item, scores in zip(asked, scored, strict=True):
                     item.scores[who][name] = scores
             self._judge(items, who)
@@ -432,7 +431,7 @@ def _unusable(item: Item, *, may_run: bool) -> Iterator[RowProblem]:
         elif name == "execute" and not may_run:
             yield RowProblem(item.id, "metric", "execute runs what the model writes", "allow it with --execute")
         else:
-            yield from metrics.problems(name, _held_against(item, None))
+            yield from metrics.problems(name, held_against(item))
 
 
 def _texts(value: Any) -> list[str] | None:
@@ -440,8 +439,8 @@ def _texts(value: Any) -> list[str] | None:
     return list(several) if isinstance(several, list) and all(isinstance(each, str) for each in several) else None
 
 
-def _held_against(item: Item, who: Who | None) -> metrics.Item:
-    """An answer as the metrics take it; an empty one where none is there yet."""
+def held_against(item: Item, who: Who | None = None) -> metrics.Item:
+    """The answer of a model as the metrics take it; an empty one where none is asked for."""
     wanted = item.wanted
     return metrics.Item(
         item.said[who][-1].text if who else "",

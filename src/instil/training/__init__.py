@@ -7,13 +7,14 @@ from instil.errors import UsageError
 
 if TYPE_CHECKING:
     from instil.training.config import TrainConfig
-    from instil.training.events import Evaluation, Outcome, Resolved, Step, Watcher
+    from instil.training.events import Evaluation, Measure, Outcome, Resolved, Step, Watcher
     from instil.training.loop import fit
     from instil.training.options import TrainOptions
     from instil.training.run import resolve, train
 
 __all__ = [
     "Evaluation",
+    "Measure",
     "Outcome",
     "Resolved",
     "Step",
@@ -27,7 +28,7 @@ __all__ = [
 
 _HOMES = {
     "config": ("TrainConfig",),
-    "events": ("Evaluation", "Outcome", "Resolved", "Step", "Watcher"),
+    "events": ("Evaluation", "Measure", "Outcome", "Resolved", "Step", "Watcher"),
     "loop": ("fit",),
     "options": ("TrainOptions",),
     "run": ("resolve", "train"),

@@ -14,6 +14,7 @@ import yaml
 from instil.conversation import Conversation, Message
 from instil.errors import TemplateError
 from instil.prompt import Renderer
+from instil.training.config import OF_METRIC
 from instil.training.events import Evaluation, Step
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -24,6 +25,7 @@ _ANSWERS = (_QUESTION, Message("assistant", "Lima.")), (_GAP, Message("assistant
 _ELSEWHERE = ("data", "eval_data", "output", "model", "init", "tokenizer", "rejects", "cache", "cache_dir", "workers")
 _OF_TRACKERS = ("trackers", "tracker_project", "run_name")
 _OF_LORA = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "rslora", "dora")
+_WHEN = {"first": "first", "last": "final", "best": "best"}
 
 _USE_MODEL = """\
 from transformers import AutoModelForCausalLM, {tokenizer_class}
@@ -214,7 +216,9 @@ def _results(provenance: Mapping[str, Any], curve: bool) -> str:
         "Held-out loss, last": outcome["final_eval_loss"],
         "Held-out loss, best": outcome["best_eval_loss"],
     }
-    rows = [(name, f"{value:.4f}") for name, value in losses.items() if value is not None]
+    metric = outcome.get("eval_metric") or {}
+    values = {f"Held-out {metric['name']}, {when}": metric[key] for when, key in _WHEN.items()} if metric else {}
+    rows = [(name, f"{value:.4f}") for name, value in (losses | values).items() if value is not None]
     ended = ", ended early" if outcome["stopped_early"] else ""
     rows.append(("Steps", f"{outcome['steps']:,}{ended}"))
     if outcome["best_step"] is not None:
@@ -241,6 +245,8 @@ def _hyperparameters(provenance: Mapping[str, Any]) -> str:
     chosen = {key: value for key, value in provenance["config"].items() if key not in (*_ELSEWHERE, *_OF_TRACKERS)}
     if chosen.get("adapter") != "lora":
         chosen = {key: value for key, value in chosen.items() if key not in _OF_LORA}
+    if chosen.get("eval_metric") == "loss":
+        chosen = {key: value for key, value in chosen.items() if key not in OF_METRIC}
     shown = {**chosen, **provenance["resolved"]}
     rows = [(_code(key), _shown(value)) for key, value in shown.items() if value not in (None, [], {})]
     versions = ", ".join(f"{name} {number}" for name, number in provenance["versions"].items())

@@ -16,6 +16,7 @@ from instil.prompt.options import PromptOptions
 from instil.training.options import OutputOptions, TrackerOptions, TrainOptions
 
 _OF_LORA = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "rslora", "dora")
+OF_METRIC = ("eval_metric_rows", "eval_max_new_tokens")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
@@ -136,12 +137,17 @@ def _check_evaluation(config: TrainConfig) -> None:
     if config.eval_data and config.eval_fraction:
         raise UsageError("--eval-data and --eval-fraction exclude each other", "Give one: each holds rows out.")
     if not config.eval_data and not config.eval_fraction:
-        for name in ("patience", "eval_every"):
-            if getattr(config, name) is not None:
+        for name in ("patience", "eval_every", "eval_metric"):
+            if getattr(config, name) != TrainConfig.model_fields[name].default:
                 raise UsageError(
                     f"--{_flag(name)} {getattr(config, name)}: there are no held-out rows to evaluate on",
                     "Give some with --eval-data FILE or --eval-fraction 0.05.",
                 )
+    for name in OF_METRIC if config.eval_metric == "loss" else ():
+        if getattr(config, name) != TrainConfig.model_fields[name].default:
+            raise UsageError(
+                f"--{_flag(name)}: says how answers are measured", "Add --eval-metric exact_match, or leave it out."
+            )
     if "-" in config.data and "-" in config.eval_data:
         raise UsageError("--data - and --eval-data -: there is one standard input", "Name a file for one of them.")
 
@@ -149,6 +155,11 @@ def _check_evaluation(config: TrainConfig) -> None:
 def _check_shard(config: TrainConfig) -> None:
     if config.shard and config.optimizer != "adamw":
         raise UsageError(f"--shard and --optimizer {config.optimizer} exclude each other", "Leave one of them out.")
+    if config.shard and config.eval_metric != "loss":
+        raise UsageError(
+            f"--shard and --eval-metric {config.eval_metric} exclude each other: a model in parts generates nothing",
+            "Leave one of them out.",
+        )
     if config.shard and config.quantize != "none":
         raise UsageError(f"--shard and --quantize {config.quantize} exclude each other", "Leave one of them out.")
 

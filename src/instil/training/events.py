@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from instil.model.forward import TreeModel
+    from instil.training.distributed import Processes
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,19 +67,49 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """The loss on held-out rows after a step.
+    """The loss on held-out rows after a step, and what else is measured on them.
 
     Args:
         step: The step it was measured after; 0 before the first.
         eval_loss: Mean cross-entropy of the held-out targets, weighted, in nats.
-        best: Whether it is the lowest so far.
+        best: Whether it is the best so far: by the metric, where there is one, else by the loss.
         seconds: Since training began.
+        metric: The name of what is measured beside the loss; None for nothing.
+        value: Its value.
     """
 
     step: int
     eval_loss: float
     best: bool
     seconds: float
+    metric: str | None = None
+    value: float | None = None
+
+    @property
+    def decisive(self) -> float:
+        """What decides whether it is the best: the metric's value, else the loss."""
+        return self.eval_loss if self.value is None else self.value
+
+
+def best_of(evaluations: Sequence[Evaluation]) -> Evaluation | None:
+    """The best of a run's evaluations, the first of those that are equal; None where none has a finite number."""
+    return next((each for each in reversed(evaluations) if each.best), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """How held-out rows are measured beside their loss, to decide which weights are the best and when to stop.
+
+    Args:
+        value: Gives the metric of a model, which is in evaluation mode and must be left as it was. Each of the
+            processes that train calls it at the same time, and the value of the first one counts.
+        higher_is_better: Whether a greater value is.
+        about: What is measured, on what, for people.
+    """
+
+    value: Callable[[TreeModel, Processes], float]
+    higher_is_better: bool = True
+    about: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -23,11 +23,11 @@ from instil.packing.packs import Sharing
 from instil.packing.tree import Ints
 from instil.training.checkpoint import Checkpoint, Checkpoints
 from instil.training.distributed import Processes, reshard, shard, whole
-from instil.training.events import Evaluation, Outcome, Resolved, Step, Watcher
+from instil.training.events import Evaluation, Measure, Outcome, Resolved, Step, Watcher, best_of
 from instil.training.memory import keep_freed_blocks
 from instil.training.optimizer import begun_state, learning_rate, make_optimizers, state_tensors, take_step
 from instil.training.options import TrainOptions
-from instil.training.preflight import check, naming, resolve
+from instil.training.preflight import check, check_measure, naming, resolve
 from instil.training.steps import Steps
 
 
@@ -46,6 +46,7 @@ def fit(
     checkpoints: Checkpoints | None = None,
     resume: Checkpoint | None = None,
     stopping: Callable[[], int] = lambda: 0,
+    measure: Measure | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> Outcome:
     """Train a model on the rows' trees; it has the best weights afterwards, where they were compared.
@@ -64,6 +65,8 @@ def fit(
         checkpoints: Where the state is written from time to time.
         resume: What to go on from.
         stopping: Asked after each step for the number of a signal upon which to stop; 0 goes on.
+        measure: What is measured beside the loss of held-out rows, and decides in its place; it is called
+            `options.eval_metric`.
         about: What else the watchers are told of the run before it begins.
 
     Raises:
@@ -72,6 +75,7 @@ def fit(
     """
     processes = processes or Processes()
     check(model, trees, rows, sharded=options.shard and processes.size > 1)
+    check_measure(measure, options, held_out=bool(len(held_out)), sharded=options.shard and processes.size > 1)
     steps = Steps.of(
         trees, options.tokens_per_step, tokens_per_batch, share_prefixes, seed, rows, processes=processes.size
     )
@@ -80,7 +84,7 @@ def fit(
     if options.shard and processes.size > 1:
         shard(model, _layers(model), ["losses"])
     run = _Run(model, resolved, options, watchers, processes, seed, naming(trees))
-    evaluations = _Evaluations(run, held_out, options, tokens_per_batch)
+    evaluations = _Evaluations(run, held_out, options, tokens_per_batch, measure)
     if resume is not None:
         run.restore(resume)
         evaluations.restore(resume)
@@ -260,8 +264,14 @@ class _Run:
 
 
 @contextmanager
-def _memory_explained(place: str, batch: PackedBatch | None = None) -> Iterator[None]:
-    """Say what batch took more memory than there was; without one the optimizer did.
+def _memory_explained(
+    place: str,
+    batch: PackedBatch | None = None,
+    *,
+    doing: str = "the optimizer took the step",
+    remedy: str = "Lower --tokens-per-batch, choose --optimizer adafactor, or train an adapter (--adapter lora).",
+) -> Iterator[None]:
+    """Say what batch took more memory than there was; without one it is what was being done, by default the optimizer.
 
     Raises:
         TrainingError: Memory ran out.
@@ -273,10 +283,7 @@ def _memory_explained(place: str, batch: PackedBatch | None = None) -> Iterator[
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in words:
             raise
         if batch is None:
-            raise TrainingError(
-                f"{place}: memory ran out when the optimizer took the step",
-                "Lower --tokens-per-batch, choose --optimizer adafactor, or train an adapter (--adapter lora).",
-            ) from error
+            raise TrainingError(f"{place}: memory ran out when {doing}", remedy) from error
         raise TrainingError(
             f"{place}: memory ran out on a batch of {batch.size:,} tokens ({batch.exchanges:,} exchanges, the "
             f"longest of {batch.longest:,} tokens, {len(batch.target_ids):,} targets)",
@@ -291,10 +298,19 @@ def _seed(seed: int, step: int, rank: int) -> int:
 
 
 class _Evaluations:
-    """Measures the loss on held-out rows, keeps the best weights, and says when to stop."""
+    """Measures the loss on held-out rows and what else is asked, keeps the best weights, and says when to stop."""
 
-    def __init__(self, run: _Run, trees: Sequence[TokenTree], options: TrainOptions, tokens_per_batch: int) -> None:
+    def __init__(
+        self,
+        run: _Run,
+        trees: Sequence[TokenTree],
+        options: TrainOptions,
+        tokens_per_batch: int,
+        measure: Measure | None,
+    ) -> None:
         self.whole_run = run
+        self.measure = measure
+        self.metric = options.eval_metric if measure is not None else None
         self.patience = options.patience
         self.every: int = run.resolved.settings["eval_every"]
         self.batches = pack(trees, tokens_per_batch) if len(trees) else ()
@@ -303,8 +319,8 @@ class _Evaluations:
 
     @property
     def best(self) -> Evaluation | None:
-        """The evaluation with the lowest loss, the first of those."""
-        return next((each for each in reversed(self.found) if each.best), None)
+        """The evaluation with the lowest loss or the best metric, the first of those."""
+        return best_of(self.found)
 
     @property
     def stopped(self) -> bool:
@@ -314,21 +330,44 @@ class _Evaluations:
         return self.patience is not None and worse >= self.patience
 
     def are_due(self, step: int) -> bool:
-        """Whether the loss is measured after a step."""
+        """Whether held-out rows are measured after a step."""
         return bool(self.batches) and (step % self.every == 0 or step == self.whole_run.resolved.steps)
 
     def run(self, step: int) -> bool:
-        """Measure the loss; whether patience has run out."""
+        """Measure; whether patience has run out."""
         run = self.whole_run
-        mean = evaluate(run.model, self.batches, run.processes)
-        best = math.isfinite(mean) and (self.best is None or mean < self.best.eval_loss)
-        found = Evaluation(step, mean, best, time.perf_counter() - run.began)
+        mean, value = evaluate(run.model, self.batches, run.processes), self._value(step)
+        found = Evaluation(step, mean, False, time.perf_counter() - run.began, self.metric, value)
+        found = replace(found, best=self._is_better(found))
         self.found.append(found)
-        if best:
+        if found.best:
             self._keep()
         for watcher in run.watchers:
             watcher.evaluated(found)
         return self.stopped
+
+    @torch.no_grad()
+    def _value(self, step: int) -> float | None:
+        """The metric, as the first process has it: all decide alike."""
+        if self.measure is None:
+            return None
+        run = self.whole_run
+        compiled = run.resolved.settings["compile"]  # for training; answers grow token by token
+        explained = _memory_explained(
+            f"step {step}", doing="held-out rows were answered", remedy="Lower --eval-max-new-tokens."
+        )
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext(), explained:
+            value = self.measure.value(run.model, run.processes)
+        return run.processes.total(value if run.processes.first else 0.0)[0]
+
+    def _is_better(self, found: Evaluation) -> bool:
+        """Whether it is better than the best so far; what is no finite number never is."""
+        if not (math.isfinite(found.eval_loss) and math.isfinite(found.decisive)):
+            return False
+        if self.best is None:
+            return True
+        gain = found.decisive - self.best.decisive
+        return gain > 0 if self.measure is not None and self.measure.higher_is_better else gain < 0
 
     def _keep(self) -> None:
         """Keep the weights as they are now."""

@@ -15,11 +15,15 @@ from instil.training.events import Evaluation, Step
 
 _STEP = tuple(field.name for field in fields(Step))
 _EVALUATION = tuple(field.name for field in fields(Evaluation))
+_OF_THE_LOSS = tuple(name for name in _EVALUATION if name not in ("metric", "value"))
 
 
 def to_line(event: Step | Evaluation) -> str:
     """One event as a line of strict JSON."""
-    return json.dumps({name: _finite(value) for name, value in asdict(event).items()}, allow_nan=False) + "\n"
+    values = {name: _finite(value) for name, value in asdict(event).items()}
+    if isinstance(event, Evaluation) and event.metric is None:
+        values = {name: values[name] for name in _OF_THE_LOSS}
+    return json.dumps(values, allow_nan=False) + "\n"
 
 
 def write_metrics(path: Path, steps: Iterable[Step], evaluations: Iterable[Evaluation]) -> None:
@@ -50,7 +54,7 @@ def read_metrics(path: str | Path) -> tuple[list[Step], list[Evaluation]]:
         values = _object(line)
         if values is not None and tuple(values) == _STEP:
             steps.append(Step(**_numbers(values)))
-        elif values is not None and tuple(values) == _EVALUATION:
+        elif values is not None and tuple(values) in (_EVALUATION, _OF_THE_LOSS):
             evaluations.append(Evaluation(**_numbers(values)))
         else:
             raise UsageError(f"{path}:{number}: no step and no evaluation: {line[:80]}", "Mend or leave out the line.")

@@ -55,8 +55,18 @@ class TrainOptions(BaseModel):
     eval_every: int | None = Field(
         default=None, ge=1, description="Steps from one evaluation to the next; ten times in all, and at the end."
     )
+    eval_metric: str = Field(
+        default="loss",
+        min_length=1,
+        description="What decides which weights are the best, and when patience runs out: loss; or of generated "
+        "answers exact_match, accuracy, token_f1, rouge_l, chrf, bleu, numeric.",
+    )
+    eval_metric_rows: int = Field(
+        default=200, ge=1, description="The most held-out rows that are answered for it, evenly spaced."
+    )
+    eval_max_new_tokens: int = Field(default=128, ge=1, description="The most tokens of such an answer.")
     patience: int | None = Field(
-        default=None, ge=1, description="Evaluations without a better loss after which training stops."
+        default=None, ge=1, description="Evaluations without a better loss, or metric, after which training stops."
     )
     on_nonfinite: Literal["stop", "skip"] = Field(
         default="stop", description="What to do where the loss or the gradient is no finite number."

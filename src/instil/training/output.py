@@ -18,7 +18,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,7 @@ from instil.packing import Prepared
 from instil.prompt import ChatTemplate, Renderer, Tokenizer
 from instil.training.card import draw_loss, example_of, model_card
 from instil.training.config import TrainConfig
-from instil.training.events import Outcome
+from instil.training.events import Evaluation, Outcome, best_of
 from instil.training.files import RECORD, plain, sha256, sync, sync_one, write_json
 
 if TYPE_CHECKING:  # it loads torch
@@ -305,6 +305,7 @@ def _of_quantization(record: Mapping[str, Any], comparison: Comparison | None) -
 def _ending(outcome: Outcome) -> dict[str, Any]:
     losses = [step.loss for step in outcome.history]
     measured = [each.eval_loss for each in outcome.evaluations]
+    metric = outcome.evaluations[0].metric if outcome.evaluations else None
     return {
         "steps": outcome.steps,
         "seconds": outcome.seconds,
@@ -315,9 +316,15 @@ def _ending(outcome: Outcome) -> dict[str, Any]:
         "first_eval_loss": measured[0] if measured else None,
         "final_eval_loss": measured[-1] if measured else None,
         "best_eval_loss": min((loss for loss in measured if math.isfinite(loss)), default=None),
+        "eval_metric": None if metric is None else {"name": metric, **_of_metric(outcome.evaluations)},
         "best_step": outcome.best_step,
         "stopped_early": outcome.stopped_early,
     }
+
+
+def _of_metric(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
+    best = best_of(evaluations)
+    return {"first": evaluations[0].value, "final": evaluations[-1].value, "best": best.value if best else None}
 
 
 def versions() -> dict[str, str]:

@@ -14,7 +14,7 @@ from instil.packing import StoredTrees, TokenTree
 from instil.packing.tree import Ints
 from instil.training.checkpoint import Checkpoint
 from instil.training.distributed import Processes
-from instil.training.events import Resolved
+from instil.training.events import Measure, Resolved
 from instil.training.memory import Kept, Load, Memory, estimate
 from instil.training.options import TrainOptions
 from instil.training.steps import Steps, longest_paths
@@ -58,6 +58,31 @@ def check(model: TreeModel, trees: Sequence[TokenTree], rows: Ints | None, *, sh
             f"{naming(trees)(where)}: holds the token id {highest:,}, and the model has {embeddings:,} embeddings",
             "Encode the rows with the model's own tokenizer.",
         )
+
+
+def check_measure(measure: Measure | None, options: TrainOptions, *, held_out: bool, sharded: bool) -> None:
+    """Refuse a metric that nothing measures, or that could not be measured.
+
+    Args:
+        measure: How it is measured.
+        options: Which say what it is called.
+        held_out: Whether there are rows to measure it on.
+        sharded: Whether processes hold the model in parts.
+
+    Raises:
+        TrainingError: The two do not go together, there are no such rows, or the model is in parts.
+    """
+    named = f"eval_metric {options.eval_metric}"
+    if measure is None and options.eval_metric != "loss":
+        raise TrainingError(
+            f"{named}: nothing measures it", "Pass measure=instil.evaluation.held_out.measure to train."
+        )
+    if measure is not None and options.eval_metric == "loss":
+        raise TrainingError(f"{named}: there is a measure beside it", "Give it a name of its own, or pass no measure.")
+    if measure is not None and not held_out:
+        raise TrainingError(f"{named}: there are no held-out rows to evaluate on", "Hold some out.")
+    if measure is not None and sharded:
+        raise TrainingError(f"{named}: a model in parts (--shard) generates nothing", "Leave --shard out.")
 
 
 def _check_positions(model: TreeModel, trees: Sequence[TokenTree]) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from instil.data import read
+from instil.conversation import Record
+from instil.data import Records, read
 from instil.errors import TrainingError
 from instil.model.load import base_of
 from instil.packing import Prepared, StoredTrees, TokenTree, cache_folder, prepare
@@ -28,6 +29,7 @@ class Rows:
         prepared: Those of `--data`, held-out ones among them.
         trained: (N,) the indices of those that are trained; None for all.
         held_out: The trees of the others, or of `--eval-data`.
+        source: The rows that the held-out ones are read from.
         about: What became of them, by name, as plain JSON values.
         described: The files, as `instil.json` names them.
         eval_described: Those of `--eval-data`.
@@ -37,6 +39,7 @@ class Rows:
     prepared: Prepared
     trained: Ints | None
     held_out: Sequence[TokenTree]
+    source: Records
     about: dict[str, Any]
     described: dict[str, Any]
     eval_described: dict[str, Any] | None = None
@@ -55,18 +58,27 @@ class Rows:
         base_of(config)  # which says at once if there is none
         options = PromptOptions.model_construct(**{name: getattr(config, name) for name in PromptOptions.model_fields})
         renderer = load_renderer(config.tokenizer_source(), options, text=config.objective == "pretrain")
-        prepared, described = _prepared(config, config.data, renderer, options, rejects)
+        prepared, described, records = _prepared(config, config.data, renderer, options, rejects)
         if config.eval_data:
-            evaluated, eval_described = _prepared(config, config.eval_data, renderer, options, rejects)
+            evaluated, eval_described, records = _prepared(config, config.eval_data, renderer, options, rejects)
             about = {**_counts(prepared, "rows"), **_counts(evaluated, "held_out")}
             again = int(np.isin(evaluated.trees.hashes, prepared.trees.hashes).sum())
             about |= {"held_out_and_trained": again} if again else {}
-            return cls(renderer, prepared, None, evaluated.trees, about, described, eval_described)
+            return cls(renderer, prepared, None, evaluated.trees, records, about, described, eval_described)
         if not config.eval_fraction:
-            return cls(renderer, prepared, None, (), _counts(prepared, "rows"), described)
+            return cls(renderer, prepared, None, (), records, _counts(prepared, "rows"), described)
         rows, held_out = split(prepared.trees, config.eval_fraction, config.seed)
         about = {**_counts(prepared, "rows"), "held_out": len(held_out)}
-        return cls(renderer, prepared, rows, [prepared.trees[i] for i in held_out.tolist()], about, described)
+        trees = [prepared.trees[i] for i in held_out.tolist()]
+        return cls(renderer, prepared, rows, trees, records, about, described)
+
+    def held_out_records(self) -> Iterator[Record]:
+        """The held-out rows as they were read; of `--eval-data` all, those without anything to train among them."""
+        trees, places = self.prepared.trees, None
+        if self.trained is not None:
+            places = {trees.name(i) for i in np.setdiff1d(np.arange(len(trees)), self.trained).tolist()}
+        for records, _ in self.source.shared(0, 1, 128):  # which leaves the file of rejects alone
+            yield from (each for each in records if places is None or str(each.source) in places)
 
 
 def _counts(prepared: Prepared, name: str) -> dict[str, Any]:
@@ -87,7 +99,7 @@ def _reasons(counted: Mapping[str, Any]) -> str:
 
 def _prepared(
     config: TrainConfig, files: list[str], renderer: Renderer, options: PromptOptions, rejects: bool
-) -> tuple[Prepared, dict[str, Any]]:
+) -> tuple[Prepared, dict[str, Any], Records]:
     records = read(
         files,
         format=config.format,
@@ -117,7 +129,7 @@ def _prepared(
             f"{named}: rows hold {' and '.join(sorted(unwanted))} answers, which supervised training would teach",
             "Leave those rows out, or map the good answers with --columns.",
         )
-    return prepared, describe_data(records)
+    return prepared, describe_data(records), records
 
 
 def split(trees: StoredTrees, fraction: float, seed: int) -> tuple[Ints, Ints]:

@@ -26,7 +26,7 @@ from instil.training.checkpoint import Checkpoint, Checkpoints, differences
 from instil.training.comparison import Comparison, compare
 from instil.training.config import TrainConfig
 from instil.training.distributed import Processes, whole
-from instil.training.events import Outcome, Resolved, Watcher
+from instil.training.events import Measure, Outcome, Resolved, Watcher
 from instil.training.files import plain
 from instil.training.optimizer import check_installed
 from instil.training.options import OutputOptions, TrackerOptions
@@ -36,14 +36,24 @@ from instil.training.run_folder import CHECKPOINTS, RunFolder
 from instil.training.steps import Steps
 from instil.training.trackers import check_trackers, trackers
 
+Measuring = Callable[[TrainConfig, Rows], Measure]
 
-def train(config: TrainConfig, watchers: Sequence[Watcher] = (), *, stopping: Callable[[], int] = lambda: 0) -> Outcome:
+
+def train(
+    config: TrainConfig,
+    watchers: Sequence[Watcher] = (),
+    *,
+    stopping: Callable[[], int] = lambda: 0,
+    measure: Measuring | None = None,
+) -> Outcome:
     """Train as configured, and write the output folder.
 
     Args:
         config: The whole run.
         watchers: Are told of every step and evaluation.
         stopping: Asked after each step for the number of a signal upon which to save and to stop; 0 goes on.
+        measure: Makes of the run and its rows what measures `eval_metric`, where that is not the loss:
+            `instil.evaluation.held_out.measure`, or one's own.
 
     Raises:
         InstilError: Of the rooms it goes through: data, tokenizer, template, packing, model, training.
@@ -56,7 +66,7 @@ def train(config: TrainConfig, watchers: Sequence[Watcher] = (), *, stopping: Ca
     check_installed(config.optimizer)
     processes = Processes.join()
     try:
-        outcome = _train(config, config.output, watchers, stopping, processes)
+        outcome = _train(config, config.output, watchers, stopping, measure, processes)
     except Interrupted:
         processes.leave()
         raise
@@ -65,10 +75,16 @@ def train(config: TrainConfig, watchers: Sequence[Watcher] = (), *, stopping: Ca
 
 
 def _train(
-    config: TrainConfig, output: Path, watchers: Sequence[Watcher], stopping: Callable[[], int], processes: Processes
+    config: TrainConfig,
+    output: Path,
+    watchers: Sequence[Watcher],
+    stopping: Callable[[], int],
+    measure: Measuring | None,
+    processes: Processes,
 ) -> Outcome:
     with processes.in_turn():
         data = Rows.of(config, rejects=processes.first)
+    measured = None if measure is None else measure(config, data)
     model, growth = _model(config, data.renderer)
     reader = TreeModel(model, bf16=product_dtype(config.precision) is torch.bfloat16)
     record = describe_run(config, data.renderer, data.prepared, data.described, data.eval_described)
@@ -100,7 +116,8 @@ def _train(
             checkpoints=checkpoints,
             resume=resume,
             stopping=stopping,
-            about=data.about,
+            measure=measured,
+            about=_about(data, measured),
         )
         if config.shard and processes.size > 1:
             model = _put_together(reader, config, data.renderer, processes)
@@ -130,6 +147,11 @@ def _train(
         )
         folder.finish(ended)
         return replace(outcome, notes=ended["notes"])
+
+
+def _about(data: Rows, measure: Measure | None) -> dict[str, Any]:
+    """What became of the rows, and what is measured on those held out."""
+    return {**data.about, **({"eval_metric": measure.about} if measure else {})}
 
 
 def _to_resume(checkpoints: Checkpoints, config: TrainConfig, processes: Processes) -> Checkpoint | None:
@@ -217,8 +239,12 @@ def _put_together(reader: TreeModel, config: TrainConfig, renderer: Renderer, pr
     return model
 
 
-def resolve(config: TrainConfig) -> Resolved:
+def resolve(config: TrainConfig, measure: Measuring | None = None) -> Resolved:
     """What a run would do, without doing it.
+
+    Args:
+        config: The run.
+        measure: As `train` takes it.
 
     Raises:
         InstilError: What would stop it before its first step.
@@ -227,12 +253,13 @@ def resolve(config: TrainConfig) -> Resolved:
         check_output(config.output, resume=config.resume)
     check_installed(config.optimizer)
     data = Rows.of(config, rejects=False)
+    measured = None if measure is None else measure(config, data)
     model, _ = _model(config, data.renderer)
     reader = TreeModel(model, bf16=product_dtype(config.precision) is torch.bfloat16)
     options = config.tokens_per_step, config.tokens_per_batch, config.share_prefixes, config.seed
     steps = Steps.of(data.prepared.trees, *options, data.trained)
     resolved = preflight.resolve(reader, steps, config, held_out=bool(len(data.held_out)))
-    return replace(resolved, settings={**data.about, **resolved.settings})
+    return replace(resolved, settings={**_about(data, measured), **resolved.settings})
 
 
 def _model(

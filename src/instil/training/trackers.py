@@ -133,7 +133,8 @@ class _Tracking:
         self._take(values.pop("step"), values)
 
     def evaluated(self, evaluation: Evaluation) -> None:
-        self._take(evaluation.step, {"eval_loss": evaluation.eval_loss})
+        measured = {} if evaluation.value is None else {f"eval_{evaluation.metric}": evaluation.value}
+        self._take(evaluation.step, {"eval_loss": evaluation.eval_loss, **measured})
 
     def close(self, ending: Ending) -> None:
         if self._tracker is not None:
