@@ -2,12 +2,14 @@
 
 import json
 import math
+import os
+import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from lm_eval.models.huggingface import HFLM
 from tokenizers import Tokenizer as Backend
@@ -47,6 +49,9 @@ def one_thread():
 def folder(tmp_path_factory):
     """A random model with its tokenizer, of the kind that has a chat template and adds no BOS."""
     path = save_sample_tokenizer(tmp_path_factory.mktemp("model"))
+    backend = Backend.from_file(str(path / "tokenizer.json"))
+    backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    backend.save(str(path / "tokenizer.json"))
     tokenizer = AutoTokenizer.from_pretrained(path)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -127,7 +132,7 @@ PAIRS = [
 
 
 def test_log_likelihoods_are_those_of_the_harness(both):
-    ours, theirs = both
+    ours = both[0]
     before = ours.cut
     found, expected = (each.loglikelihood(asked(*PAIRS), disable_tqdm=True) for each in both)
     assert [each[0] for each in found] == pytest.approx([each[0] for each in expected], abs=1e-4)
@@ -166,8 +171,8 @@ def test_answers_are_those_of_the_harness(both):
     assert len(set(found)) > 1
     assert ours.cut - before == 1
     stop = next(each[2:5] for each in found if len(each) > 8)  # within an answer
-    settings = {"until": [stop, "</s>"], "max_gen_toks": 12, "do_sample": False, "temperature": 0.7}
-    stopped = ours.generate_until(asked(*((each, dict(settings)) for each in contexts)))
+    stopping = {"until": [stop, "</s>"], "max_gen_toks": 12, "do_sample": False, "temperature": 0.7}
+    stopped = ours.generate_until(asked(*((each, dict(stopping)) for each in contexts)))
     assert stopped == [each.split(stop)[0] for each in found]
     assert stopped != found
 
@@ -183,8 +188,8 @@ def test_draws_follow_the_task():
 
 
 def test_a_sampled_answer_repeats_and_differs_between_repeats(loaded):
-    settings = {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 1.5}
-    requests = asked(*[("What is the capital of Peru?", settings)] * 3)
+    drawn = {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 1.5}
+    requests = asked(*[("What is the capital of Peru?", drawn)] * 3)
     first, again = (HarnessModel(loaded, as_text=True).generate_until(requests) for _ in range(2))
     assert first == again
     assert len(set(first)) > 1
@@ -192,7 +197,7 @@ def test_a_sampled_answer_repeats_and_differs_between_repeats(loaded):
 
 def test_what_does_not_fit_is_refused(loaded):
     ours = HarnessModel(loaded, as_text=True)
-    with pytest.raises(UsageError, match="continuation ' What is the capital.* and the model takes 1 to 64"):
+    with pytest.raises(UsageError, match=r"continuation ' What is the capital.* and the model takes 1 to 64"):
         ours.loglikelihood(asked(("Well:", " " + words(20))))
     with pytest.raises(UsageError, match="continuation '' has 0 tokens"):
         ours.loglikelihood(asked(("Well:", "")))
@@ -200,6 +205,7 @@ def test_what_does_not_fit_is_refused(loaded):
         ours.generate_until(asked(("Well:", {"until": [], "max_gen_toks": 64})))
 
 
+@settings(max_examples=40)
 @given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=12), max_size=12), st.integers(1, 30))
 def test_batches_hold_every_path_once_and_what_fits(paths, tokens):
     found = list(batches(paths, tokens))
@@ -262,9 +268,9 @@ def test_an_answer_stands_where_the_template_puts_it(folder):
     assert text.endswith("Assistant: ")
     plain = text.removesuffix(" ")
     assert ours.loglikelihood(asked((text, "Lima"))) == ours.loglikelihood(asked((plain, " Lima")))
-    settings = {"until": [], "max_gen_toks": 6}
-    assert ours.generate_until(asked((text, settings), (plain, settings)))[0] == (
-        ours.generate_until(asked((plain, settings)))[0].removeprefix(" ")
+    free = {"until": [], "max_gen_toks": 6}
+    assert ours.generate_until(asked((text, free), (plain, free)))[0] == (
+        ours.generate_until(asked((plain, free)))[0].removeprefix(" ")
     )
 
 
@@ -305,9 +311,9 @@ def tasks(tmp_path_factory):
             "metric_list": [{"metric": "word_perplexity"}],
         },
     }
-    for name, settings in own.items():
+    for name, more in own.items():
         # JSON is YAML
-        (path / f"{name}.yaml").write_text(json.dumps({"task": name, **common, **settings}))
+        (path / f"{name}.yaml").write_text(json.dumps({"task": name, **common, **more}))
     return path
 
 
@@ -327,7 +333,7 @@ def own_accuracy(lm, chat):
 
 
 @pytest.mark.parametrize("chat", [True, False])
-def test_tasks_are_run(tasks, loaded, both, chat):
+def test_tasks_are_run(tasks, loaded, chat):
     chosen = load_tasks(files(tasks, "choose", "answer", "read"))
     chosen["tasks"]["choose"].set_config(key="num_fewshot", value=0)
     found = run(loaded, chosen, as_text=not chat)
@@ -386,6 +392,30 @@ def test_figures_of_both_models():
     assert of_harness({}) == []
 
 
+def test_the_command_shows_them_and_keeps_them(folder, tasks, loaded, tmp_path):
+    suite = "lm-eval:" + ",".join(files(tasks, "choose", "answer"))
+    models = ["--model", str(folder), "--base", str(folder), "--precision", "fp32"]
+    done = subprocess.run(
+        [sys.executable, "-m", "instil", "evaluate", *models, "--suite", suite, "--limit", "5", "--output", "out"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    expected = run(loaded, files(tasks, "choose", "answer"), 5)
+    assert results["lm_eval"] == {"tuned": expected, "base": expected}
+    shown = of_harness(results["lm_eval"])
+    page = (tmp_path / "out" / "report.html").read_text()
+    for each in shown:
+        (line,) = (line for line in done.stdout.splitlines() if line.strip().startswith(f"{each.measure} "))
+        assert line.split() == [*each.measure.split(), "5", *2 * each.with_interval("tuned").split()]
+        assert f"{each.measure} <" in page
+    assert [each.measure for each in shown] == ["choose: acc", "choose: acc_norm", "answer: exact_match"]
+    assert any("cut from the left" in each for each in results["warnings"]) == bool(expected["notes"])
+
+
 # What cannot be
 
 
@@ -412,6 +442,21 @@ def test_tasks_that_run_programs_are_refused(tasks, tmp_path):
     (tmp_path / "unsafe.yaml").write_text(json.dumps({**given, "unsafe_code": True}))
     with pytest.raises(UsageError, match="answer runs what the model writes"):
         load_tasks([str(tmp_path / "unsafe.yaml")])
+
+
+@pytest.mark.prove
+def test_the_harness_s_own_tasks_are_found_but_not_their_data(tmp_path):
+    """Its whole index is read, and the hub is not asked."""
+    code = "from instil.evaluation.lm_eval import load_tasks; import sys; load_tasks(sys.argv[1:])"
+
+    def said(*names):
+        env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+        done = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True, env=env)
+        assert done.returncode == 1
+        return done.stderr
+
+    assert "there is no task 'arc_esy'\n  did you mean 'arc_easy'?" in said("arc_esy")
+    assert "UsageError: lm-eval: arc_easy cannot be loaded: " in said("arc_easy")
 
 
 def test_without_the_package_its_extra_is_named(monkeypatch):

@@ -39,7 +39,7 @@ _TOKENS = 8192  # of a batch, those shared counted once
 _RESAMPLES = 1000  # for the standard error of what is no mean
 _NORMAL = 1.959964  # the 97.5 % quantile of the normal distribution
 _SHARES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match")
-_DRAWN_BY = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+_DRAWN_BY = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
 class HarnessModel(TemplateLM):  # type: ignore[misc]
@@ -292,7 +292,7 @@ def load_tasks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     if problems:
         raise UsageError(
             "lm-eval: " + "\n  ".join(problems),
-            "A data set is downloaded once: connect, or let HF_HOME name the folder that has it; else leave the task out.",
+            "Data is downloaded once: connect, or let HF_HOME name the folder that has it; or leave the task out.",
         )
     return found
 
@@ -386,19 +386,15 @@ def sampling_of(given: Mapping[str, Any], task: str) -> SamplingOptions:
     values: dict[str, Any] = dict(normalize_gen_kwargs(dict(given)))
     stop = [each for each in values.pop("until") if each]
     most, drawn = values.pop("max_gen_toks"), values.pop("do_sample")
-    unknown = {name: value for name, value in values.items() if name not in _DRAWN_BY and (name, value) != _ONE_BEAM}
+    chosen = {name: values.pop(name, default) for name, default in _DRAWN_BY.items()}
+    unknown = {name: value for name, value in values.items() if (name, value) != ("num_beams", 1)}
     if unknown:
         raise UsageError(
             f"lm-eval: {task}: generates with {', '.join(f'{name} {value!r}' for name, value in unknown.items())}, "
             "which Instil does not",
             "Leave this task out.",
         )
-    usual = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
-    chosen = {**usual, **values} if drawn else {**usual, **values, "temperature": 0.0}
-    return SamplingOptions(max_new_tokens=most, stop=stop, **chosen)
-
-
-_ONE_BEAM = ("num_beams", 1)
+    return SamplingOptions(max_new_tokens=most, stop=stop, **chosen | ({} if drawn else {"temperature": 0.0}))
 
 
 def batches(paths: Sequence[list[int]], tokens: int = _TOKENS) -> Iterator[list[int]]:
