@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 RESULTS, REPORT = "results.json", "report.html"
 _SUITES = ("ifeval", "refusals", "judge", "forgetting", "lm-eval")
 _WITH_FILE = ("ifeval", "refusals", "judge")
+_TASKS = "tasks of EleutherAI's harness"
 _FEW = 30
 _SHOWN = 40
 _TEXTS = 100
@@ -74,6 +75,9 @@ class EvaluateOptions(SamplingOptions, DataOptions):
         "execute.",
     )
     limit: int | None = Field(default=None, ge=1, description="Only so many items of each suite, evenly spaced.")
+    lm_eval_as_text: Switch = Field(
+        default=False, description="Ask the tasks of lm-eval as plain text, as base models are, not with the template."
+    )
     execute: Switch = Field(
         default=False, description="Run programs that the model writes, in a process of their own without network."
     )
@@ -162,11 +166,11 @@ def evaluate(*, options: Annotated[EvaluateOptions | None, Parameter(name="*")] 
     begun = time.monotonic()
     suites = _suites(options)
     items = _items(suites, options.limit)
-    tasks = next((each.partition(":")[2] for each in options.suite if each.startswith("lm-eval")), "")
+    tasks = _tasks(options)
     with _telling() as telling:
         loaded, base = _run(options, items, telling)
         _score(suites, items)
-        harness = _harness(tasks, loaded, base, options.limit) if tasks else {}
+    harness = _harness(tasks, loaded, base, options) if tasks else {}
     about = _about(options, loaded, time.monotonic() - begun)
     options.output.mkdir(parents=True, exist_ok=True)
     write_items(options.output, items)
@@ -297,10 +301,13 @@ def _finish(
     trained: str = "",
 ) -> None:
     """Make the figures, write them and the report, and show them."""
+    from instil.evaluation.figures import of_harness
     from instil.evaluation.run import figures
 
     found = figures(suites, items)
     warnings = _warnings(found)
+    warnings += [f"lm-eval, {who}: {note}" for who, each in harness.items() for note in each["notes"]]
+    of_tasks = of_harness(harness)
     results = {
         "about": dict(about),
         "items": {suite.name: sum(item.suite == suite.name for item in items) for suite in suites},
@@ -309,9 +316,9 @@ def _finish(
         **({"lm_eval": dict(harness)} if harness else {}),
     }
     write_json(folder / RESULTS, results)
-    page = _page(found, suites, items, about, warnings, trained, _curve(about))
+    page = _page([*found, *of_tasks], suites, items, about, warnings, trained, _curve(about))
     (folder / REPORT).write_text(to_html(page), encoding="utf-8")
-    _show(found, suites, warnings, harness)
+    _show(found, suites, warnings, of_tasks)
     sys.stderr.write(f"instil: wrote {folder}: {RESULTS}, {ITEMS}, {REPORT}\n")
 
 
@@ -350,7 +357,7 @@ def _about(options: EvaluateOptions, loaded: Loaded, seconds: float) -> dict[str
         **({"Trained on": _data_of(record)} if record else {}),
         **({"Held-out data": ", ".join(options.data)} if options.data else {}),
         **({"Suites": ", ".join(options.suite)} if options.suite else {}),
-        "Template": loaded.renderer.template.name,
+        **({"Template": loaded.renderer.template.name} if loaded.has_template else {}),
         "Decoding": shown(sampling.to_json()),
         "Time": f"{seconds:.0f} seconds",
         "Versions": ", ".join(f"{name} {version(name)}" for name in ("instil", "torch", "transformers")),
@@ -429,7 +436,7 @@ def _page(
         title="Evaluation",
         summary=f"{len(items):,} items. Every prompt, answer and score stands in {ITEMS}.",
         about=about,
-        compared=compared(figures, {suite.name: suite.about for suite in suites}),
+        compared=compared(figures, {suite.name: suite.about for suite in suites} | {"lm-eval": _TASKS}),
         curve=curve,
         answers=[_side(item) for item in some],
         trained=trained,
@@ -447,7 +454,7 @@ def _side(item: Item) -> SideBySide:
 
 
 def _show(
-    figures: Sequence[Figure], suites: Sequence[Suite], warnings: Sequence[str], harness: Mapping[str, Any]
+    figures: Sequence[Figure], suites: Sequence[Suite], warnings: Sequence[str], of_tasks: Sequence[Figure]
 ) -> None:
     from rich.console import Console
     from rich.text import Text
@@ -458,8 +465,9 @@ def _show(
         of_suite = [each for each in figures if each.suite == suite.name and not each.family]
         console.print(Text(f"{suite.name}: {suite.about}", "bold"))
         console.print(_table(of_suite))
-    for task, measured in harness.items():
-        console.print(Text(f"lm-eval {task}: {shown(measured)}"))
+    if of_tasks:
+        console.print(Text(f"lm-eval: {_TASKS}", "bold"))
+        console.print(_table(of_tasks))
     for warning in warnings:
         sys.stderr.write(f"instil: note: {warning}\n")
 
@@ -478,11 +486,24 @@ def _table(figures: Sequence[Figure]) -> Table:
     return table
 
 
-def _harness(tasks: str, tuned: Loaded, base: Loaded | None, limit: int | None) -> dict[str, Any]:
+def _tasks(options: EvaluateOptions) -> Mapping[str, Any]:
+    """The tasks of EleutherAI's harness, if any are asked for: found before any model answers."""
+    names = next((each.partition(":")[2] for each in options.suite if each.startswith("lm-eval")), "")
+    if not names:
+        return {}
+    from instil.evaluation.lm_eval import load_tasks
+
+    return load_tasks(names.split(","))
+
+
+def _harness(
+    tasks: Mapping[str, Any], tuned: Loaded, base: Loaded | None, options: EvaluateOptions
+) -> dict[str, dict[str, Any]]:
+    """What the harness finds of each model."""
     from instil.evaluation.lm_eval import run
 
-    found = {"tuned": run(tuned, tasks.split(","), limit)}
-    return {**found, "base": run(base, tasks.split(","), limit)} if base is not None else found
+    models = {"tuned": tuned, **({"base": base} if base is not None else {})}
+    return {who: run(each, tasks, options.limit, as_text=options.lm_eval_as_text) for who, each in models.items()}
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -168,6 +168,36 @@ class _Column:
             return Share.of(self.values, self.clusters)
         bounds = None if measure.high is None else (measure.low, measure.high)
         return Mean.of(self.values, self.clusters, bounds, self.weights)
+
+
+def of_harness(found: Mapping[str, Mapping[str, Any]]) -> list[Figure]:
+    """Figures of the tasks of EleutherAI's harness.
+
+    Args:
+        found: What `instil.evaluation.lm_eval.run` found, by model: `tuned`, and `base` where there is one.
+    """
+
+    def mean(values: Mapping[str, Any]) -> Mean:
+        value = math.nan if values["value"] is None else values["value"]  # JSON has no other number that is none
+        return Mean(value, values["low"], values["high"], values["n"])
+
+    base = found["base"]["tasks"] if "base" in found else None
+    return [
+        Figure(
+            "lm-eval",
+            f"{task}: {metric}",
+            "",
+            values["unit"],
+            mean(values),
+            mean(base[task][metric]) if base is not None else None,
+            None,
+            {},
+            False,
+            {},
+        )
+        for task, metrics in (found["tuned"]["tasks"] if found else {}).items()
+        for metric, values in metrics.items()
+    ]
 
 
 def adjusted(figures: Sequence[Figure]) -> list[Figure]:

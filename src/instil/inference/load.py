@@ -34,6 +34,11 @@ class Loaded:
         self.tokenizer = tokenizer
         self.prompt = prompt or PromptOptions()
 
+    @property
+    def has_template(self) -> bool:
+        """Whether there is a chat template: one that was chosen, or the tokenizer's own."""
+        return bool(self.prompt.template or self.tokenizer.chat_template)
+
     @cached_property
     def renderer(self) -> Renderer:
         """Renders conversations with the chat template.
