@@ -125,8 +125,8 @@ def load_base(options: ModelOptions, tuned: Loaded) -> Loaded:
             "Name the model that it was tuned from, or leave the base out.",
         )
     model = load_model(options, dtype=product_dtype(options.precision))
-    known_template = builtin_templates().get(tuned.renderer.template.name)
-    reserve_tokens(model, own, known_template.special_tokens if known_template else {})
+    template = builtin_templates().get(tuned.renderer.template.name) if tuned.has_template else None
+    reserve_tokens(model, own, template.special_tokens if template else {})
     model = model.to(tuned.engine.model.device)
     stops = stop_ids(_generation_config(options, model), common)
     return Loaded(Engine(model.requires_grad_(False), common, stops), common, tuned.prompt)
