@@ -143,13 +143,16 @@ def test_log_likelihoods_are_those_of_the_harness(both):
     assert "1 of 10 requests were cut from the left" in ours.notes()[0]
 
 
-def test_a_greedy_continuation_is_known_for_one(both):
+def test_greedy_continuations_are_known_for_what_they_are(both):
+    """The likeliest next token behind each of many contexts, where its text alone is that token again; and others."""
     ours, theirs = both
-    (answer,) = ours.generate_until(asked(("What is the capital", {"until": [], "max_gen_toks": 3})))
-    pairs = [("What is the capital", answer), ("What is the capital", answer + " Lima")]
-    found = ours.loglikelihood(asked(*pairs))
-    assert [each for _, each in found] == [each for _, each in theirs.loglikelihood(asked(*pairs), disable_tqdm=True)]
-    assert found[0][1]
+    contexts = [each["question"] for each in QUESTIONS]
+    answers = ours.generate_until(asked(*((each, {"until": [], "max_gen_toks": 1}) for each in contexts)))
+    pairs = [(context, said + more) for context, said in zip(contexts, answers, strict=True) for more in ("", " Lima")]
+    pairs = [(context, text) for context, text in pairs if text]
+    found = [each for _, each in ours.loglikelihood(asked(*pairs))]
+    assert found == [each for _, each in theirs.loglikelihood(asked(*pairs), disable_tqdm=True)]
+    assert set(found) == {True, False}
 
 
 def test_texts_as_a_whole_are_those_of_the_harness(both):
