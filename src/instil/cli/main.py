@@ -39,6 +39,8 @@ _COMMANDS = {
     "complete": "Go on with a text as a model would, with no chat template.",
     "score": "Show how probable each token of rows is to a model, and its rank, or the likelihood of all rows.",
     "evaluate": "Measure what a tuned model does, beside its base, with how sure each figure is.",
+    "compare": "Show the answers of two or more models to the same prompts, side by side.",
+    "sweep": "Train every combination of some settings with several seeds, and compare what that gives.",
     "runs": "List the runs below a folder, or show one: its state, its loss, its settings.",
     "templates": "List the built-in chat templates, or show one rendered.",
     "quickstart": "Tune the bundled base model on the bundled data, and see what that taught it.",
