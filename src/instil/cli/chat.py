@@ -98,10 +98,7 @@ def _given(options: ChatOptions) -> list[Record] | None:
 
 def prompts(options: ChatOptions) -> list[Record]:
     """What --prompt or --prompts asks, behind the system message."""
-    if options.prompts is not None:
-        records = _read(options.prompts)
-    else:
-        records = [_asked(options.prompt or "", "--prompt", 1)]
+    records = [_asked(options.prompt or "", "--prompt", 1)] if options.prompts is None else _read(options.prompts)
     return [_behind_system(record, options.system) for record in records]
 
 

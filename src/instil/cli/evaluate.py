@@ -163,7 +163,7 @@ def evaluate(*, options: Annotated[EvaluateOptions | None, Parameter(name="*")] 
     suites = _suites(options)
     items = _items(suites, options.limit)
     tasks = next((each.partition(":")[2] for each in options.suite if each.startswith("lm-eval")), "")
-    with _telling() as telling:
+    with bars() as telling:
         loaded, base = _run(options, items, telling)
         _score(suites, items)
         harness = _harness(tasks, loaded, base, options.limit) if tasks else {}
@@ -297,6 +297,24 @@ def _finish(
     trained: str = "",
 ) -> None:
     """Make the figures, write them and the report, and show them."""
+    found, warnings = write_results(folder, suites, items, about, harness, trained)
+    _show(found, suites, warnings, harness)
+    sys.stderr.write(f"instil: wrote {folder}: {RESULTS}, {ITEMS}, {REPORT}\n")
+
+
+def write_results(
+    folder: Path,
+    suites: Sequence[Suite],
+    items: Sequence[Item],
+    about: Mapping[str, Any],
+    harness: Mapping[str, Any],
+    trained: str = "",
+) -> tuple[list[Figure], list[str]]:
+    """Make the figures of scored items, and write them and the report.
+
+    Returns:
+        The figures, and what deserves a look.
+    """
     from instil.evaluation.run import figures
 
     found = figures(suites, items)
@@ -311,8 +329,7 @@ def _finish(
     write_json(folder / RESULTS, results)
     page = _page(found, suites, items, about, warnings, trained, _curve(about))
     (folder / REPORT).write_text(to_html(page), encoding="utf-8")
-    _show(found, suites, warnings, harness)
-    sys.stderr.write(f"instil: wrote {folder}: {RESULTS}, {ITEMS}, {REPORT}\n")
+    return found, warnings
 
 
 def _rescore(options: EvaluateOptions) -> None:
@@ -482,7 +499,7 @@ def _harness(tasks: str, tuned: Loaded, base: Loaded | None, limit: int | None) 
 
 
 @contextmanager
-def _telling() -> Iterator[Telling]:
+def bars() -> Iterator[Telling]:
     """Bars on standard error with the time that is left; without a terminal, nothing."""
     if not sys.stderr.isatty():
         yield lambda what, total: lambda: None
