@@ -66,7 +66,7 @@ def chat(*, options: Annotated[ChatOptions, Parameter(name="*")]) -> None:
     if len(given) == options.answers == 1 and not (from_file or options.as_json or options.output):
         _say(model.reply(given[0].conversations[0], options, _write))
         return
-    replies = _answers(model, given, options)
+    replies = answers(model, given, options)
     lines = (
         json.dumps(({"source": str(record.source)} if from_file else {}) | reply.to_json(), ensure_ascii=False) + "\n"
         for record, reply in zip(given, replies, strict=True)
@@ -81,15 +81,13 @@ def chat(*, options: Annotated[ChatOptions, Parameter(name="*")]) -> None:
 
 def _given(options: ChatOptions) -> list[Record] | None:
     """What is to be answered once; None for a conversation in the terminal."""
-    if options.prompts is not None:
-        return [_behind_system(record, options.system) for record in _read(options.prompts)]
-    text = options.prompt
-    if text is None and not sys.stdin.isatty():
+    if options.prompt is not None or options.prompts is not None:
+        return prompts(options)
+    if not sys.stdin.isatty():
         text = standard_input()
         if not text.strip():
             raise UsageError("--prompt: is missing, and nothing stands on standard input", "Give --prompt TEXT.")
-    if text is not None:
-        return [_behind_system(_asked(text, "--prompt", 1), options.system)]
+        return prompts(options.model_copy(update={"prompt": text}))
     if options.as_json or options.output is not None:
         flag = "--json" if options.as_json else "--output"
         raise UsageError(f"{flag}: is for prompts, not for a terminal", "Give --prompt TEXT or --prompts FILE.")
@@ -98,14 +96,19 @@ def _given(options: ChatOptions) -> list[Record] | None:
     return None
 
 
+def prompts(options: ChatOptions) -> list[Record]:
+    """What --prompt or --prompts asks, behind the system message."""
+    records = [_asked(options.prompt or "", "--prompt", 1)] if options.prompts is None else _read(options.prompts)
+    return [_behind_system(record, options.system) for record in records]
+
+
 def _read(file: str) -> list[Record]:
     """The prompts of a file."""
     if Path(file).suffix != ".txt":
         from instil.data import read
 
         return list(read(file, format="prompt"))
-    prompts = read_prompts(file)
-    return [_asked(each.text, file, int(each.source.rpartition(":")[2])) for each in prompts]
+    return [_asked(each.text, file, int(each.source.rpartition(":")[2])) for each in read_prompts(file)]
 
 
 def _asked(text: str, file: str, line: int) -> Record:
@@ -145,7 +148,7 @@ def _talk(options: ChatOptions) -> None:
     Terminal(ChatSession(model, sampling, options.system), options.model).run()
 
 
-def _answers(model: Chat, given: Sequence[Record], options: ChatOptions) -> list[Reply]:
+def answers(model: Chat, given: Sequence[Record], options: ChatOptions) -> list[Reply]:
     """The replies to all prompts, those to a prompt's later turns in their place; bad prompts are told together."""
     conversations = [record.conversations[0] for record in given]
     problems = []

@@ -59,6 +59,21 @@ def load(file: str, known: Collection[str]) -> dict[str, Any]:
     return by_flag
 
 
+def values(text: str) -> list[Any]:
+    """Values written on the command line with commas between them, each read as in the file.
+
+    Raises:
+        ValueError: They are not YAML, or there is none.
+    """
+    try:
+        found = yaml.load(f"[{text}]", _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"not YAML: {getattr(error, 'problem', None) or error}") from error
+    if not found:
+        raise ValueError("has no value")
+    return list(found)
+
+
 def _as_text(value: Any) -> Any:
     """The value as the flag takes it, which reads text as YAML: a text that YAML reads otherwise stands in quotes."""
     if not isinstance(value, str):

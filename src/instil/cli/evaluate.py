@@ -167,7 +167,7 @@ def evaluate(*, options: Annotated[EvaluateOptions | None, Parameter(name="*")] 
     suites = _suites(options)
     items = _items(suites, options.limit)
     tasks = _tasks(options)
-    with _telling() as telling:
+    with bars() as telling:
         loaded, base = _run(options, items, telling)
         _score(suites, items)
     harness = _harness(tasks, loaded, base, options) if tasks else {}
@@ -301,6 +301,24 @@ def _finish(
     trained: str = "",
 ) -> None:
     """Make the figures, write them and the report, and show them."""
+    found, warnings = write_results(folder, suites, items, about, harness, trained)
+    _show(found, suites, warnings)
+    sys.stderr.write(f"instil: wrote {folder}: {RESULTS}, {ITEMS}, {REPORT}\n")
+
+
+def write_results(
+    folder: Path,
+    suites: Sequence[Suite],
+    items: Sequence[Item],
+    about: Mapping[str, Any],
+    harness: Mapping[str, Any],
+    trained: str = "",
+) -> tuple[list[Figure], list[str]]:
+    """Make the figures of scored items, and write them and the report.
+
+    Returns:
+        The figures, those of the harness last, and what deserves a look.
+    """
     from instil.evaluation.figures import of_harness
     from instil.evaluation.run import figures
 
@@ -318,8 +336,7 @@ def _finish(
     write_json(folder / RESULTS, results)
     page = _page([*found, *of_tasks], suites, items, about, warnings, trained, _curve(about))
     (folder / REPORT).write_text(to_html(page), encoding="utf-8")
-    _show(found, suites, warnings, of_tasks)
-    sys.stderr.write(f"instil: wrote {folder}: {RESULTS}, {ITEMS}, {REPORT}\n")
+    return [*found, *of_tasks], warnings
 
 
 def _rescore(options: EvaluateOptions) -> None:
@@ -453,21 +470,17 @@ def _side(item: Item) -> SideBySide:
     )
 
 
-def _show(
-    figures: Sequence[Figure], suites: Sequence[Suite], warnings: Sequence[str], of_tasks: Sequence[Figure]
-) -> None:
+def _show(figures: Sequence[Figure], suites: Sequence[Suite], warnings: Sequence[str]) -> None:
     from rich.console import Console
     from rich.text import Text
 
     console = Console(highlight=False)
     console.width = max(console.width, _WIDTH)
-    for suite in suites:
-        of_suite = [each for each in figures if each.suite == suite.name and not each.family]
-        console.print(Text(f"{suite.name}: {suite.about}", "bold"))
-        console.print(_table(of_suite))
-    if of_tasks:
-        console.print(Text(f"lm-eval: {_TASKS}", "bold"))
-        console.print(_table(of_tasks))
+    for name, about in {**{suite.name: suite.about for suite in suites}, "lm-eval": _TASKS}.items():
+        of_suite = [each for each in figures if each.suite == name and not each.family]
+        if of_suite:
+            console.print(Text(f"{name}: {about}", "bold"))
+            console.print(_table(of_suite))
     for warning in warnings:
         sys.stderr.write(f"instil: note: {warning}\n")
 
@@ -507,7 +520,7 @@ def _harness(
 
 
 @contextmanager
-def _telling() -> Iterator[Telling]:
+def bars() -> Iterator[Telling]:
     """Bars on standard error with the time that is left; without a terminal, nothing."""
     if not sys.stderr.isatty():
         yield lambda what, total: lambda: None

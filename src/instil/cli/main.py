@@ -39,6 +39,8 @@ _COMMANDS = {
     "complete": "Go on with a text as a model would, with no chat template.",
     "score": "Show how probable each token of rows is to a model, and its rank, or the likelihood of all rows.",
     "evaluate": "Measure what a tuned model does, beside its base, with how sure each figure is.",
+    "compare": "Show the answers of two or more models to the same prompts, side by side.",
+    "sweep": "Train every combination of some settings with several seeds, and compare what that gives.",
     "runs": "List the runs below a folder, or show one: its state, its loss, its settings.",
     "templates": "List the built-in chat templates, or show one rendered.",
     "quickstart": "Tune the bundled base model on the bundled data, and see what that taught it.",
@@ -53,7 +55,8 @@ REMEDIES = {
 }
 """What to do where a setting that must be given is missing."""
 
-_TAKE_DATA = ("--data", "--eval-data", "--prompts")
+_TAKE_DATA = ("--data", "--eval-data", "--eval", "--prompts")
+_READ_CONFIG = (["sweep"],)  # whose --config holds the settings of another command
 
 
 class _Ended(KeyboardInterrupt):
@@ -79,7 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             from instil.cli import config
 
             tokens = _with_standard_input(sys.argv[1:] if arguments is None else arguments)
-            file = config.take(tokens)
+            if tokens[:1] not in _READ_CONFIG:
+                file = config.take(tokens)
             known = _check_flags(tokens)
             if file is not None:
                 settings = config.load(file, known)
@@ -167,7 +171,8 @@ def _check_flags(tokens: Sequence[str]) -> list[str]:
     command = app[tokens[0]]
     command.help = None  # now that it is loaded, its docstring says more
     flags = command.assemble_argument_collection()
-    shown = [name for flag in flags for name in flag.names if name.startswith("--") and name != "--empty-data"]
+    shown = [name for flag in flags if flag.parse for name in flag.names if name.startswith("--")]
+    shown = [name for name in shown if name != "--empty-data"]
     for token in tokens:
         if token == "--":
             break

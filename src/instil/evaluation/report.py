@@ -83,13 +83,34 @@ class SideBySide:
         """What was said, in parts, each with whether it is what the other model said too."""
         if self.base is None:
             return [(said, True)]
-        other = self.tuned if said == self.base else self.base
-        words, others = (re.findall(r"\s+|\w+|[^\w\s]", text) for text in (said, other))
-        parts, at = [], 0
-        for block in SequenceMatcher(None, words, others, autojunk=False).get_matching_blocks():
-            parts += [("".join(words[at : block.a]), False), ("".join(words[block.a : block.a + block.size]), True)]
-            at = block.a + block.size
-        return [part for part in parts if part[0]]
+        return alike(said, self.tuned if said == self.base else self.base)
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A prompt with the answers of any number of models.
+
+    Args:
+        prompt: What was asked.
+        said: Each model, by name, and what it said.
+    """
+
+    prompt: str
+    said: Sequence[tuple[str, str]]
+
+    def parts(self, number: int) -> list[tuple[str, bool]]:
+        """What a model said, in parts, each with whether the first model said it too; of the first, the second."""
+        return alike(self.said[number][1], self.said[0 if number else 1][1])
+
+
+def alike(said: str, other: str) -> list[tuple[str, bool]]:
+    """A text in parts, each with whether it stands in the other text too, in the same order of words."""
+    words, others = (re.findall(r"\s+|\w+|[^\w\s]", text) for text in (said, other))
+    parts, at = [], 0
+    for block in SequenceMatcher(None, words, others, autojunk=False).get_matching_blocks():
+        parts += [("".join(words[at : block.a]), False), ("".join(words[block.a : block.a + block.size]), True)]
+        at = block.a + block.size
+    return [part for part in parts if part[0]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +127,8 @@ class Page:
         trained: The body of a page of `instil inspect`: tokens with what is trained marked; "" for none.
         commands: What to do next: a comment and a command each.
         warnings: What deserves a look.
+        answered: Prompts with the answers of several models.
+        bars: What the two bars of a figure are called: the one it is held against, and its own.
     """
 
     title: str
@@ -117,6 +140,8 @@ class Page:
     trained: str = ""
     commands: Sequence[tuple[str, str]] = ()
     warnings: Sequence[str] = field(default=())
+    answered: Sequence[Answered] = ()
+    bars: tuple[str, str] = ("base", "tuned")
 
     @property
     def has_base(self) -> bool:

@@ -124,7 +124,7 @@ class OwnRecords(Suite):
         """Each metric over all, by family and as the mean of the families; what the answers look like."""
         for name in _metrics_of(items):
             asked = [item for item in items if name in item.wanted["metrics"]]
-            measure = _of_metric(name)
+            measure = of_metric(name)
             extra = {who: metrics.aggregate(name, [i.scores[who][name] for i in asked]) for who in _whos(items)}
             yield figure(self.name, measure, asked, in_all=extra)
             families = [figure(self.name, measure, several, family) for family, several in by_family(asked).items()]
@@ -455,7 +455,8 @@ def _metrics_of(items: Sequence[Item]) -> list[str]:
     return list(dict.fromkeys(name for item in items for name in item.wanted["metrics"]))
 
 
-def _of_metric(name: str) -> Measure:
+def of_metric(name: str) -> Measure:
+    """A metric of `metrics`, as it is taken out of the scores of an item that was scored by it."""
     chosen = metrics.metric(name)
     units: dict[float | None, Unit] = {1.0: "share", 100.0: "points"}
 

@@ -89,7 +89,7 @@ def load_engine(options: ModelOptions, prompt: PromptOptions | None = None) -> L
     Raises:
         ModelError, TokenizerError: There is no such model, or something of it is missing or does not fit.
     """
-    tokenizer = _tokenizer(options)
+    tokenizer = tokenizer_of(options)
     model = load_model(options, dtype=product_dtype(options.precision))
     check_vocabulary(model, tokenizer)
     found = _generation_config(options, model)
@@ -115,7 +115,7 @@ def load_base(options: ModelOptions, tuned: Loaded) -> Loaded:
     Raises:
         ModelError, TokenizerError: There is no such model; or its tokens are others, so it is no base of that one.
     """
-    own, common = _tokenizer(options), tuned.tokenizer
+    own, common = tokenizer_of(options), tuned.tokenizer
     known = own.backend.get_vocab(with_added_tokens=True)
     added = common.backend.get_added_tokens_decoder()
     own.add_special_tokens(added[number].content for number in sorted(added) if added[number].content not in known)
@@ -140,8 +140,12 @@ def stop_ids(generation_config: Mapping[str, Any], tokenizer: Tokenizer) -> list
     return [int(each) for each in (named if isinstance(named, list) else [named]) if each is not None]
 
 
-def _tokenizer(options: ModelOptions) -> Tokenizer:
-    """The model's own tokenizer; that of its base, where an adapter has none."""
+def tokenizer_of(options: ModelOptions) -> Tokenizer:
+    """The model's own tokenizer; that of its base, where an adapter has none.
+
+    Raises:
+        ModelError, TokenizerError: There is no such model, or it has none that can be used.
+    """
     base = base_of(options)
     name = options.model or base
     try:
