@@ -150,12 +150,12 @@ def _report(name, trial):
 def test_tuned_it_answers(base, tmp_path, seed):
     after = train(tmp_path, seed=seed)
     _report(f"seed {seed}", after)
-    # the aims are 0.90, 0.80 and a loss of 0.03
-    assert after.share("held_out_entities").mean >= 0.45
-    assert after.share("held_out_phrasings").mean >= 0.40
-    assert after.share("held_out_families").mean >= 0.50
-    assert after.stopped.mean >= 0.97
-    assert after.known.mean >= base.known.mean - 0.15
+    # the aims are 0.90, 0.80, 1 and a loss of 0.03; below them by what another processor's rounding may change
+    assert after.share("held_out_entities").mean >= 0.86
+    assert after.share("held_out_phrasings").mean >= 0.72
+    assert after.share("held_out_families").mean >= 0.80
+    assert after.stopped.mean >= 0.99
+    assert after.known.mean >= base.known.mean - 0.05
 
 
 @pytest.mark.prove
