@@ -265,7 +265,7 @@ def test_the_model_is_left_as_it_was(folder):
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder / "base"), dtype=torch.float32)
     model.resize_token_embeddings(len(data.renderer.tokenizer.backend.get_vocab()) + 8, mean_resizing=False)
     tree = reader(model.eval())
-    tree.base.gradient_checkpointing_enable()
+    tree.base.activation_checkpointing_enable()
 
     def now():
         modules = [
@@ -335,7 +335,7 @@ def test_processes_share_the_rows_and_come_to_one_value(folder):
     """Each generates its own; what all said, put in order, is scored by each."""
     chosen = config(folder, eval_metric="chrf", eval_metric_rows=7)
     measure, _ = measured(chosen)
-    said = [f"answer {number}" for number in range(7)]
+    said = [rows(24)[number * 24 // 7]["output"] for number in range(7)]
     parts = [measure.value._prompts[rank::3] for rank in range(3)]
     asked = []
     for rank in range(3):
@@ -344,10 +344,14 @@ def test_processes_share_the_rows_and_come_to_one_value(folder):
         other.value._generate = lambda model, prompts: asked.append(list(prompts)) or []
         assert other.value(None, processes) == measure.value.score(said)
     assert asked == parts
-    assert measure.value.score(said) != measure.value.score(said[::-1])
+    assert measure.value.score(said) == 100 > measure.value.score(said[::-1])
 
 
 ANSWERED = {"instruction": "Say it.", "output": "It is so."}
+CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": "it"}}}
+CALLING = {
+    "messages": [{"role": "user", "content": "Look."}, {"role": "assistant", "content": "", "tool_calls": [CALL]}]
+}
 
 
 @pytest.mark.parametrize(
@@ -355,7 +359,7 @@ ANSWERED = {"instruction": "Say it.", "output": "It is so."}
     [
         (
             "exact_match",
-            [{"instruction": "Say it.", "output": " "}, ANSWERED, {"instruction": "Again.", "output": "\n"}],
+            [CALLING, {"messages": both(ANSWERED)}, CALLING],
             [("held.jsonl:1", "has no text"), ("held.jsonl:3", "has no text")],
         ),
         (
