@@ -97,7 +97,9 @@ def of_the_weights(model, processes):
     return math.sin(1e3 * float(model.base.transformer.wte.weight.sum()))
 
 
-@pytest.mark.parametrize("until", [1, 3, 5])
+@pytest.mark.parametrize(
+    "until", [3, pytest.param(1, marks=pytest.mark.prove), pytest.param(5, marks=pytest.mark.prove)]
+)
 def test_resumed_is_uninterrupted(tmp_path, until):
     def timeless(outcome):
         steps = [(each.step, each.loss, each.grad_norm) for each in outcome.history]
@@ -188,7 +190,7 @@ def config(folder, **given):
 def test_the_value_is_what_plain_transformers_gives(folder):
     """Of the model that was written, asked in its own template: the first rows' answers, held against theirs."""
     output = folder / "tuned"
-    outcome = train(config(folder, output=output, eval_metric_rows=24), measure=held_out.measure)
+    outcome = train(config(folder, output=output, eval_metric_rows=24, max_steps=33), measure=held_out.measure)
     tokenizer, model = AutoTokenizer.from_pretrained(output), AutoModelForCausalLM.from_pretrained(output)
     items = []
     for row in rows(24):
@@ -223,21 +225,23 @@ def state(output):
     return {name: each for name, each in tensors.items() if not name.startswith("best.")}
 
 
-WAYS = {
-    "in full": {},
-    "lora, dropout": {"adapter": "lora", "lora_dropout": 0.2, "activation_checkpointing": "on"},
-    "bf16": {"adapter": "lora", "lora_dropout": 0.2, "precision": "bf16", "max_steps": 3},
-    "qlora": {"adapter": "lora", "quantize": "nf4", "max_steps": 3},
-    "compiled": {"compile": "on", "max_steps": 3},
-}
+WAYS = [
+    {"adapter": "lora", "lora_dropout": 0.2, "activation_checkpointing": "on"},
+    {},
+    {"adapter": "lora", "lora_dropout": 0.2, "precision": "bf16"},
+    {"adapter": "lora", "quantize": "nf4"},
+    {"compile": "on"},
+]
 
 
 @pytest.mark.parametrize(
-    "way", [*list(WAYS)[:2], *(pytest.param(each, marks=pytest.mark.prove) for each in list(WAYS)[2:])]
+    "way",
+    [WAYS[0], *(pytest.param(each, marks=pytest.mark.prove) for each in WAYS[1:])],
+    ids=["lora", "in full", "bf16", "qlora", "compiled"],
 )
 def test_to_measure_changes_no_step(folder, tmp_path, way):
     """Weights and the optimizer's state after the last step are bit for bit those of a run that measures the loss."""
-    given = {"max_steps": 6, "eval_every": 2, **WAYS[way]}
+    given = {"max_steps": 3, "eval_every": 1, **way}
     losses = []
     for name, measure in (("with", held_out.measure), ("without", None)):
         metric = {} if measure else {"eval_metric": "loss", "eval_metric_rows": 200, "eval_max_new_tokens": 128}
@@ -265,7 +269,7 @@ def test_the_model_is_left_as_it_was(folder):
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder / "base"), dtype=torch.float32)
     model.resize_token_embeddings(len(data.renderer.tokenizer.backend.get_vocab()) + 8, mean_resizing=False)
     tree = reader(model.eval())
-    tree.base.gradient_checkpointing_enable()
+    tree.base.activation_checkpointing_enable()
 
     def now():
         modules = [
@@ -335,7 +339,7 @@ def test_processes_share_the_rows_and_come_to_one_value(folder):
     """Each generates its own; what all said, put in order, is scored by each."""
     chosen = config(folder, eval_metric="chrf", eval_metric_rows=7)
     measure, _ = measured(chosen)
-    said = [f"answer {number}" for number in range(7)]
+    said = [rows(24)[number * 24 // 7]["output"] for number in range(7)]
     parts = [measure.value._prompts[rank::3] for rank in range(3)]
     asked = []
     for rank in range(3):
@@ -344,10 +348,14 @@ def test_processes_share_the_rows_and_come_to_one_value(folder):
         other.value._generate = lambda model, prompts: asked.append(list(prompts)) or []
         assert other.value(None, processes) == measure.value.score(said)
     assert asked == parts
-    assert measure.value.score(said) != measure.value.score(said[::-1])
+    assert measure.value.score(said) == 100 > measure.value.score(said[::-1])
 
 
 ANSWERED = {"instruction": "Say it.", "output": "It is so."}
+CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": "it"}}}
+CALLING = {
+    "messages": [{"role": "user", "content": "Look."}, {"role": "assistant", "content": "", "tool_calls": [CALL]}]
+}
 
 
 @pytest.mark.parametrize(
@@ -355,7 +363,7 @@ ANSWERED = {"instruction": "Say it.", "output": "It is so."}
     [
         (
             "exact_match",
-            [{"instruction": "Say it.", "output": " "}, ANSWERED, {"instruction": "Again.", "output": "\n"}],
+            [CALLING, {"messages": both(ANSWERED)}, CALLING],
             [("held.jsonl:1", "has no text"), ("held.jsonl:3", "has no text")],
         ),
         (
