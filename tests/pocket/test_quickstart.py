@@ -71,8 +71,9 @@ def test_the_whole_way(tmp_path):
         for side in ("base", "tuned"):
             share = found[name][side]
             assert 0 <= share["low"] <= share["mean"] <= share["high"] <= 1
-        wanted = [r for r in SETS[name]() if name != "held_out_entities" or r["family"] in FACT_FAMILIES]
+        wanted = [r for r in SETS[name]() if name == "held_out_families" or r["family"] in FACT_FAMILIES]
         assert found[name]["tuned"]["n"] == len(wanted)
+    assert found["everything"]["tuned"]["n"] == sum(len(SETS[name]()) for name in HELD_OUT)
     assert found["held_out_phrasings"]["tuned"]["mean"] >= found["held_out_phrasings"]["base"]["mean"]
     for shown in ("The capital of", "⟦", "95 % intervals", "instil chat --model made"):
         assert shown in done.stdout, shown
@@ -142,7 +143,7 @@ def train(folder, **changes):
 
 def _report(name, trial):
     shares = {each: str(trial.share(each)) for each in HELD_OUT}
-    sys.stdout.write(f"{name}: {shares}, plain facts {trial.known}, stopped {trial.stopped}\n")
+    sys.stdout.write(f"{name}: {shares}, plain facts {trial.known}, stopped {trial.stopped}, all {trial.everything}\n")
 
 
 @pytest.mark.prove
@@ -152,7 +153,8 @@ def test_tuned_it_answers(base, tmp_path, seed):
     _report(f"seed {seed}", after)
     # the aims are 0.90, 0.80, 1 and a loss of 0.03; below them by what another processor's rounding may change
     assert after.share("held_out_entities").mean >= 0.86
-    assert after.share("held_out_phrasings").mean >= 0.72
+    assert after.share("held_out_phrasings").mean >= 0.78
+    assert after.everything.mean >= 0.75
     assert after.share("held_out_families").mean >= 0.80
     assert after.stopped.mean >= 0.99
     assert after.known.mean >= base.known.mean - 0.05

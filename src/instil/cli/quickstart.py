@@ -202,6 +202,7 @@ def _shares(base: Trial, tuned: Trial, *, families: bool) -> Iterator[tuple[str,
         yield title, base.share(name), tuned.share(name), False
         for family in base.families(name) if families else ():
             yield family.replace("_", " "), base.share(name, family), tuned.share(name, family), True
+    yield "All of these, and stories, lists, styles", base.everything, tuned.everything, False
     yield "Plain facts, as text", base.known, tuned.known, False
     yield "Ends in the stop token", base.stopped, tuned.stopped, False
 

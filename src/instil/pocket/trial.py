@@ -61,14 +61,23 @@ class Trial:
     plain: tuple[bool, ...]
 
     def share(self, name: str, family: str | None = None) -> Share:
-        """The share of right answers in a set; of the held-out entities, in the families that ask for a fact."""
+        """The share of right answers in a set, or of one of its families.
+
+        Of held-out entities and phrasings it is that of the families that ask for a fact, of which alone the base can
+        know the answer.
+        """
         wanted = (
             item
             for item in self.items
             if item.set == name
-            and (item.family == family if family else name != "held_out_entities" or item.family in FACT_FAMILIES)
+            and (item.family == family if family else name == "held_out_families" or item.family in FACT_FAMILIES)
         )
         return Share.of([item.right for item in wanted])
+
+    @property
+    def everything(self) -> Share:
+        """The share of right answers among all, those of stories, lists, styles and the like too."""
+        return Share.of([item.right for item in self.items])
 
     def families(self, name: str) -> list[str]:
         """The families of a set, in order."""
@@ -137,6 +146,7 @@ def results(base: Trial, after: Trial) -> dict[str, Any]:
         return {"base": share(base).to_json(), "tuned": share(after).to_json()}
 
     found: dict[str, Any] = {name: beside(lambda trial, name=name: trial.share(name)) for name in HELD_OUT}  # type: ignore[misc]
+    found["everything"] = beside(lambda trial: trial.everything)
     found["plain_facts"] = beside(lambda trial: trial.known)
     found["stopped"] = beside(lambda trial: trial.stopped)
     found["families"] = {
