@@ -234,6 +234,7 @@ WAYS = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore")  # what torch warns of, to itself, as it compiles
 @pytest.mark.parametrize(
     "way",
     [WAYS[0], *(pytest.param(each, marks=pytest.mark.prove) for each in WAYS[1:])],
