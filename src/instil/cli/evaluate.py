@@ -18,7 +18,7 @@ from instil.cli.generating import missing, shown
 from instil.cli.main import REMEDIES
 from instil.data.options import DataOptions
 from instil.errors import UsageError, nearest
-from instil.evaluation.items import ITEMS, read_items, write_items
+from instil.evaluation.items import ITEMS, TOO_LONG, read_items, write_items
 from instil.evaluation.report import Page, SideBySide, compared, to_html
 from instil.inference.options import SamplingOptions
 from instil.prompt.options import PromptOptions, arguments
@@ -41,7 +41,7 @@ _TASKS = "tasks of EleutherAI's harness"
 _FEW = 30
 _SHOWN = 40
 _TEXTS = 100
-_WIDTH = 120
+_WIDTH = 132
 _SEED = 1_000_000  # of the bundled plain text: none that the bundled model was trained on
 _OF_PROMPTS = PromptOptions.model_fields
 Switch = Annotated[bool, Parameter(negative=())]
@@ -323,7 +323,7 @@ def write_results(
     from instil.evaluation.run import figures
 
     found = figures(suites, items)
-    warnings = _warnings(found)
+    warnings = _warnings(found, items)
     warnings += [f"lm-eval, {who}: {note}" for who, each in harness.items() for note in each["notes"]]
     of_tasks = of_harness(harness)
     results = {
@@ -420,9 +420,13 @@ def _trained(options: EvaluateOptions, loaded: Loaded) -> str:
     return to_fragment(rows, TokenText(renderer.tokenizer), frozenset(renderer.encoder.controls.values()))
 
 
-def _warnings(figures: Sequence[Figure]) -> list[str]:
+def _warnings(figures: Sequence[Figure], items: Sequence[Item]) -> list[str]:
     """What deserves a look."""
+    too_long = [item.id for item in items if any(said.ended == TOO_LONG for said in item.said.get("tuned", ()))]
     found = []
+    if too_long:
+        some = ", ".join(too_long[:5]) + (" and others" if len(too_long) > 5 else "")
+        found.append(f"{len(too_long):,} prompts are longer than the model takes, and count as not answered: {some}")
     for each in figures:
         if each.family:
             continue

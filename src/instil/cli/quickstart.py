@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from instil.training import Outcome, TrainConfig
 
 _TEMPLATE = "chatml"
-_SHOWN = ("capital", "young", "french_word", "sum", "summary")
+_SHOWN = ("capital", "young", "french_word", "plural", "currency")
 _NAMES = {
     "held_out_entities": "Entities never asked about",
     "held_out_phrasings": "Phrasings never seen",
@@ -190,7 +190,7 @@ def _show_answers(console: Console, rows: Sequence[Row], answers: Mapping[str, S
     for number, row in enumerate(rows):
         console.print(Text(row["messages"][-2]["content"], "bold"))
         for name, texts in answers.items():
-            said = " ".join(texts[number].split()) or "(nothing)"
+            said = " ".join(texts[number].split()) or "(blank lines)"
             said = said if len(said) <= _SHOWN_CHARACTERS else f"{said[:_SHOWN_CHARACTERS]} …"
             style = "green" if name == "tuned" and is_right(row, texts[number]) else ""
             console.print(Text(f"  {name}: ", "dim").append(said, style), soft_wrap=True)

@@ -16,6 +16,8 @@ Who = Literal["base", "tuned"]
 Scores = dict[str, Any]
 
 ITEMS = "items.jsonl"
+TOO_LONG = "too-long"
+"""How an answer ended that was never begun, for the prompt is longer than the model takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +26,7 @@ class Said:
 
     Args:
         text: What was said, without special tokens.
-        ended: `stop`, `stop-string`, or cut at the `length` asked for or as the `context` was full.
+        ended: `stop`, `stop-string`; cut at the `length` asked for or as the `context` was full; or `too-long`.
         tokens: How many it has, the stop token not counted.
     """
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from instil.conversation import Record, Source
 from instil.evaluation.figures import Figure, adjusted
-from instil.evaluation.items import Item, Said, Who
+from instil.evaluation.items import TOO_LONG, Item, Said, Who
 from instil.evaluation.suites import Suite, conversation_of
 from instil.prompt import Exchange, PromptOptions, RecordEncoder
 
@@ -64,14 +64,24 @@ def ask(loaded: Loaded, who: Who, items: Sequence[Item], sampling: SamplingOptio
 def _ask_once(
     chat: Chat, who: Who, items: Sequence[Item], sampling: SamplingOptions, done: Callable[[], object]
 ) -> None:
-    conversations = []
+    """Have each item answered once more; what is too long for the model's context is answered by nothing."""
+    from instil.inference.session import TooLong
+
+    fitting, conversations = [], []
     for item in items:
         messages = list(item.messages)
         for said, later in zip(item.said[who], item.later_turns, strict=False):
             messages += [{"role": "assistant", "content": said.text}, *later]
-        conversations.append(conversation_of(messages, item.tools))
-    replies = chat.replies(conversations, sampling, lambda _: done())
-    for item, reply in zip(items, replies, strict=True):
+        conversation = conversation_of(messages, item.tools)
+        try:
+            chat.prompt(conversation, sampling)
+        except TooLong:
+            item.said[who].append(Said("", TOO_LONG, 0))
+            done()
+            continue
+        fitting.append(item)
+        conversations.append(conversation)
+    for item, reply in zip(fitting, chat.replies(conversations, sampling, lambda _: done()), strict=True):
         answer = reply.answers[0]
         item.said[who].append(Said(answer.message.content, answer.ended, answer.tokens or 0))
 
