@@ -65,7 +65,7 @@ def _ask_once(
     chat: Chat, who: Who, items: Sequence[Item], sampling: SamplingOptions, done: Callable[[], object]
 ) -> None:
     """Have each item answered once more; what is too long for the model's context is answered by nothing."""
-    from instil.inference.session import TooLong
+    from instil.inference.session import TooLongError
 
     fitting, conversations = [], []
     for item in items:
@@ -75,7 +75,7 @@ def _ask_once(
         conversation = conversation_of(messages, item.tools)
         try:
             chat.prompt(conversation, sampling)
-        except TooLong:
+        except TooLongError:
             item.said[who].append(Said("", TOO_LONG, 0))
             done()
             continue

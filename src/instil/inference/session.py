@@ -26,7 +26,7 @@ _PROBE = Conversation((Message("user", "a"), Message("assistant", _SAID)))
 _REASONED = Conversation((Message("user", "a"), Message("assistant", _SAID, reasoning_content="a")))
 
 
-class TooLong(UsageError):
+class TooLongError(UsageError):
     """A prompt that leaves the model's context no room for an answer, whatever turns are left out."""
 
 
@@ -134,7 +134,7 @@ class Chat:
             dropped += 1
         if len(ids) < context:
             return Prompt(tuple(ids), dropped)
-        raise TooLong(
+        raise TooLongError(
             f"the last message makes a prompt of {len(ids):,} tokens, system message included, and the model takes "
             f"{context:,}, its answer included",
             "Shorten the message, or the system message.",
