@@ -147,7 +147,7 @@ def test_everything_wrong_is_said_at_once_before_anything_is_trained(folder):
     assert "--vary: --prompt-weight -1: must be 0 or more" in values
     assert "--vary: --prompt-weight much: must be a number" in values
     assert "--vary: --adapter lore: must be none or lora; did you mean 'lora'?" in values
-    assert values.count("\n") == 3
+    assert values.count("\n") == 4  # these, and a note on the file's seed
     assert "stands twice" in sweep(folder, *given, "--vary", "prompt_weight=0,0.0", code=2).stderr
     assert not (folder / "none").exists()
 

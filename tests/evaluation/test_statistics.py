@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from instil.errors import UsageError
-from instil.evaluation.report import Compared, Page, SideBySide, to_html
+from instil.evaluation.report import Bar, Compared, Page, SideBySide, to_html
 from instil.evaluation.statistics import Mean, Share, compare, detectable, holm
 
 Z = 1.959963984540054
@@ -320,13 +320,13 @@ def test_what_has_no_figure_says_so(call, words):
 
 
 def test_a_page_shows_text_as_text():
-    share = Share.of([True, False])
+    bar = Bar.of(Share.of([True, False]))
     page = to_html(
         Page(
             title="A <b>title",
             summary="",
             about={"Model": "<script>alert(1)</script>"},
-            compared=[Compared("first", share, share), Compared("part", share, share, detail=True)],
+            compared=[("<i>all", [Compared("first", bar, bar, 4), Compared("part", bar, bar, 4, detail=True)])],
             answers=[SideBySide("1 < 2 & 3?", "<i>", "</dd>", "&amp;", right=False)],
             warnings=["<u>look"],
         )
