@@ -60,6 +60,7 @@ def measured(folder, output):
     return [(each.step, each.eval_loss, each.value, each.best) for each in found]
 
 
+@pytest.mark.prove
 def test_the_best_by_the_metric_is_not_the_best_by_the_loss(folder):
     said = train(folder, "tuned")
     found = measured(folder, "tuned")

@@ -67,6 +67,7 @@ def items_of(out, name, seed):
     return [json.loads(line)["scores"]["tuned"] for line in lines]
 
 
+@pytest.mark.prove
 def test_every_run_is_made_once_and_as_the_settings_say(swept):
     out, done = swept
     said = [re.search(r"run (\d) of 4: (\S+), seed (\d)(: done before)?", line) for line in done.stderr.splitlines()]
@@ -88,6 +89,7 @@ def test_every_run_is_made_once_and_as_the_settings_say(swept):
             assert not [*folder.glob("*.safetensors"), *folder.glob("checkpoints")]
 
 
+@pytest.mark.prove
 def test_the_figures_are_those_of_the_items(swept):
     """Against sums written out by hand over what the runs left."""
     out, _ = swept
@@ -116,6 +118,7 @@ def test_the_figures_are_those_of_the_items(swept):
     assert values[NAMES[0]] != values[NAMES[1]]
 
 
+@pytest.mark.prove
 def test_the_table_and_the_report_show_the_figures(swept):
     out, done = swept
     results = json.loads((out / "results.json").read_text())
@@ -129,6 +132,7 @@ def test_the_table_and_the_report_show_the_figures(swept):
     assert f"{ITEMS} items say little" in done.stderr
 
 
+@pytest.mark.prove
 def test_a_sweep_that_is_another_is_refused(swept, folder):
     assert "a sweep is there" in sweep(folder, *GIVEN, *VARIED, "--output", "out", code=2).stderr
     other = ["--vary", "prompt_weight=0,0.5"]

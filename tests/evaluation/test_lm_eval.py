@@ -395,6 +395,7 @@ def test_figures_of_both_models():
     assert of_harness({}) == []
 
 
+@pytest.mark.prove
 def test_the_command_shows_them_and_keeps_them(folder, tasks, loaded, tmp_path):
     suite = "lm-eval:" + ",".join(files(tasks, "choose", "answer"))
     models = ["--model", str(folder), "--base", str(folder), "--precision", "fp32"]
