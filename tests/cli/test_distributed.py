@@ -89,7 +89,8 @@ def assert_same(one, other):
     assert np.abs(np.array([e.eval_loss for e in evaluations]) - [e.eval_loss for e in more_evaluations]).max() < 1e-5
 
 
-@pytest.mark.parametrize("how", [[], pytest.param(["--shard"], marks=pytest.mark.prove)], ids=["whole", "sharded"])
+@pytest.mark.prove
+@pytest.mark.parametrize("how", [[], ["--shard"]], ids=["whole", "sharded"])
 def test_two_processes_take_the_steps_of_one(folder, alone, how):
     output = folder / f"two{''.join(how)}"
     said = run(folder, TWO, "--output", output.name, *how)

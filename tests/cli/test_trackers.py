@@ -43,6 +43,7 @@ def test_a_tracker_that_is_not_installed_is_told_before_anything_is_loaded(tmp_p
     assert not (tmp_path / "tuned").exists()
 
 
+@pytest.mark.prove
 def test_a_run_is_tracked_and_its_tracker_goes_on_when_it_is_resumed(instil, tmp_path, monkeypatch):
     """What TensorBoard and MLflow hold in the end is what stands in `metrics.jsonl`, and in one run each."""
     from mlflow import MlflowClient
