@@ -256,6 +256,14 @@ def test_what_cannot_be_is_said_before_anything_is_done(root, tmp_path, changes,
     assert not (tmp_path / "new").exists()
 
 
+def test_an_output_that_cannot_be_is_said_before_anything_is_generated(root, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for output in (tmp_path, tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UsageError, match="--output"):
+            command.EvaluateOptions(**arguments(root, output=output))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_all_bad_records_are_named_at_once(root, tmp_path):
     bad = [
         {"instruction": "a", "output": "b", "metric": "f1"},

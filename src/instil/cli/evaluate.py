@@ -23,6 +23,7 @@ from instil.evaluation.report import Page, SideBySide, compared, to_html
 from instil.inference.options import SamplingOptions
 from instil.prompt.options import PromptOptions, arguments
 from instil.training.files import RECORD, sha256, write_json
+from instil.training.output import check_output
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -138,9 +139,7 @@ class EvaluateOptions(SamplingOptions, DataOptions):
             _check_suite(each, name)
             if names.count(name) > 1:
                 raise UsageError(f"--suite {each}: {name} stands twice", "Name each suite once.")
-        output = self.output
-        if output.is_file() or (output.is_dir() and any(output.iterdir())):
-            raise UsageError(f"--output {output}: there is something already", "Name a new folder.")
+        check_output(self.output)  # before anything is generated, which would be lost
         return self
 
     def sampling(self) -> SamplingOptions:
