@@ -6,9 +6,9 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -18,6 +18,10 @@ from instil.model.forward import TreeModel
 from instil.model.load import base_of, check_vocabulary, checkpoint_dtype, load_model, product_dtype
 from instil.model.save import merged, save_model
 from instil.model.tokens import Growth, reserve_tokens
+from instil.objectives import supervised
+from instil.objectives.objective import Objective
+from instil.objectives.preference import Formula, Kto, Preference, with_others
+from instil.packing import TokenTree, cache_folder
 from instil.prompt import Tokenizer, builtin_templates
 from instil.prompt.render import Renderer
 from instil.prompt.tokenizer import load_tokenizer
@@ -29,8 +33,9 @@ from instil.training.distributed import Processes, whole
 from instil.training.events import Measure, Outcome, Resolved, Watcher
 from instil.training.files import plain
 from instil.training.optimizer import check_installed
-from instil.training.options import OutputOptions, TrackerOptions
+from instil.training.options import OutputOptions, PreferenceOptions, TrackerOptions
 from instil.training.output import check_output, describe_run, write_output
+from instil.training.reference import NamedTrees, with_reference
 from instil.training.rows import Rows
 from instil.training.run_folder import CHECKPOINTS, RunFolder
 from instil.training.steps import Steps
@@ -87,6 +92,7 @@ def _train(
     measured = None if measure is None else measure(config, data)
     model, growth = _model(config, data.renderer)
     reader = TreeModel(model, bf16=product_dtype(config.precision) is torch.bfloat16)
+    task = _Task.of(config, reader, data)
     record = describe_run(config, data.renderer, data.prepared, data.described, data.eval_described)
     checkpoints = Checkpoints(
         Path(output).resolve() / CHECKPOINTS,
@@ -99,15 +105,16 @@ def _train(
     told: AbstractContextManager[list[Watcher]] = trackers(config) if folder is not None else nullcontext([])
     with folder or nullcontext(), told as tracking:
         processes.wait()  # until the folder is locked
+        task = task.with_reference(config, reader, processes)
         resume = _to_resume(checkpoints, config, processes)
         if folder is not None and resume is not None:
             folder.goes_on_from(resume)
         outcome = loop.fit(
             reader,
-            data.prepared.trees,
+            task.trees,
             config,
             rows=data.trained,
-            held_out=data.held_out,
+            held_out=task.held_out,
             tokens_per_batch=config.tokens_per_batch,
             share_prefixes=config.share_prefixes,
             seed=config.seed,
@@ -117,7 +124,8 @@ def _train(
             resume=resume,
             stopping=stopping,
             measure=measured,
-            about=_about(data, measured),
+            objective=task.objective,
+            about=_about(data, measured, task),
         )
         if config.shard and processes.size > 1:
             model = _put_together(reader, config, data.renderer, processes)
@@ -149,9 +157,70 @@ def _train(
         return replace(outcome, notes=ended["notes"])
 
 
-def _about(data: Rows, measure: Measure | None) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """What a run's rows are to teach, and the trees of those rows.
+
+    Args:
+        objective: What makes a loss of them.
+        trees: One for each row.
+        held_out: Those of the rows held out.
+        about: What a person should know of it, by name.
+    """
+
+    objective: Objective
+    trees: Sequence[TokenTree]
+    held_out: Sequence[TokenTree]
+    about: dict[str, Any]
+
+    @classmethod
+    def of(cls, config: TrainConfig, model: TreeModel, data: Rows) -> _Task:
+        """As configured, but for what a reference makes of the rows."""
+        objective = objective_of(config)
+        if not isinstance(objective, Preference | Kto):
+            return cls(objective, data.prepared.trees, data.held_out, {})
+        about = {"objective": objective.describe()}
+        if not isinstance(objective, Kto):
+            return cls(objective, data.prepared.trees, data.held_out, about)
+        made = []
+        for trees in (data.prepared.trees, data.held_out):
+            found, alone = with_others(
+                trees, config.seed, most=config.tokens_per_batch, longest=model.learned_positions
+            )
+            made.append(NamedTrees(found, trees))
+            if alone:
+                about["divergence"] = f"without {alone:,} of {len(trees):,} rows, which another's answer does not fit"
+        return cls(objective, made[0], made[1], about)
+
+    def with_reference(self, config: TrainConfig, model: TreeModel, processes: Processes) -> _Task:
+        """With what the model, as it is now, makes of the rows, where that is needed."""
+        if config.reference != "computed" or not getattr(self.objective, "needs_reference", False):
+            return self
+        cache = cache_folder(config.cache_dir) if config.cache else None
+        found, about = [], {}
+        for name, trees in (("reference", self.trees), ("held_out_reference", self.held_out)):
+            if len(trees):
+                preflight.check_whole(trees, config.tokens_per_batch)
+                budget = config.tokens_per_batch
+                trees, about[name] = with_reference(
+                    model, trees, tokens_per_batch=budget, cache=cache, processes=processes
+                )
+            found.append(trees)
+        return _Task(self.objective, found[0], found[1], {**self.about, **about})
+
+
+def objective_of(config: TrainConfig) -> Objective:
+    """What makes a loss, as configured: its own defaults where nothing is said."""
+    chosen = {name: value for name in PreferenceOptions.model_fields if (value := getattr(config, name)) is not None}
+    del chosen["reference"]
+    if not config.compares:
+        return supervised
+    return Kto(**chosen) if config.objective == "kto" else Preference.of(cast(Formula, config.objective), **chosen)
+
+
+def _about(data: Rows, measure: Measure | None, task: _Task) -> dict[str, Any]:
     """What became of the rows, and what is measured on those held out."""
-    return {**data.about, **({"eval_metric": measure.about} if measure else {})}
+    return {**data.about, **task.about, **({"eval_metric": measure.about} if measure else {})}
 
 
 def _to_resume(checkpoints: Checkpoints, config: TrainConfig, processes: Processes) -> Checkpoint | None:
@@ -256,10 +325,14 @@ def resolve(config: TrainConfig, measure: Measuring | None = None) -> Resolved:
     measured = None if measure is None else measure(config, data)
     model, _ = _model(config, data.renderer)
     reader = TreeModel(model, bf16=product_dtype(config.precision) is torch.bfloat16)
+    task = _Task.of(config, reader, data)
+    if config.compares:
+        preflight.check_whole(task.trees, config.tokens_per_batch)
+        preflight.check_whole(task.held_out, config.tokens_per_batch)
     options = config.tokens_per_step, config.tokens_per_batch, config.share_prefixes, config.seed
-    steps = Steps.of(data.prepared.trees, *options, data.trained)
-    resolved = preflight.resolve(reader, steps, config, held_out=bool(len(data.held_out)))
-    return replace(resolved, settings={**_about(data, measured), **resolved.settings})
+    steps = Steps.of(task.trees, *options, data.trained)
+    resolved = preflight.resolve(reader, steps, config, compares=config.compares, held_out=bool(len(data.held_out)))
+    return replace(resolved, settings={**_about(data, measured, task), **resolved.settings})
 
 
 def _model(
