@@ -30,6 +30,7 @@ class Rows:
         trained: (N,) the indices of those that are trained; None for all.
         held_out: The trees of the others, or of `--eval-data`.
         source: The rows that the held-out ones are read from.
+        set_aside: (M,) the indices of the held-out ones among `prepared`; None where they come from `--eval-data`.
         about: What became of them, by name, as plain JSON values.
         described: The files, as `instil.json` names them.
         eval_described: Those of `--eval-data`.
@@ -43,6 +44,7 @@ class Rows:
     about: dict[str, Any]
     described: dict[str, Any]
     eval_described: dict[str, Any] | None = None
+    set_aside: Ints | None = None
 
     @classmethod
     def of(cls, config: TrainConfig, *, rejects: bool) -> Rows:
@@ -70,7 +72,7 @@ class Rows:
         rows, held_out = split(prepared.trees, config.eval_fraction, config.seed)
         about = {**_counts(prepared, "rows"), "held_out": len(held_out)}
         trees = [prepared.trees[i] for i in held_out.tolist()]
-        return cls(renderer, prepared, rows, trees, records, about, described)
+        return cls(renderer, prepared, rows, trees, records, about, described, set_aside=held_out)
 
     def held_out_records(self) -> Iterator[Record]:
         """The held-out rows as they were read; of `--eval-data` all, those without anything to train among them."""

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -105,7 +106,7 @@ def _train(
     told: AbstractContextManager[list[Watcher]] = trackers(config) if folder is not None else nullcontext([])
     with folder or nullcontext(), told as tracking:
         processes.wait()  # until the folder is locked
-        task = task.with_reference(config, reader, processes)
+        task = task.with_reference(config, reader, data, processes)
         resume = _to_resume(checkpoints, config, processes)
         if folder is not None and resume is not None:
             folder.goes_on_from(resume)
@@ -179,34 +180,46 @@ class _Task:
         objective = objective_of(config)
         if not isinstance(objective, Preference | Kto):
             return cls(objective, data.prepared.trees, data.held_out, {})
-        about = {"objective": objective.describe()}
-        if not isinstance(objective, Kto):
-            return cls(objective, data.prepared.trees, data.held_out, about)
-        made = []
-        for trees in (data.prepared.trees, data.held_out):
-            found, alone = with_others(
-                trees, config.seed, most=config.tokens_per_batch, longest=model.learned_positions
-            )
-            made.append(NamedTrees(found, trees))
+        trees: Sequence[TokenTree] = data.prepared.trees
+        held_out, about = data.held_out, {"objective": objective.describe()}
+        if isinstance(objective, Kto):
+            trees, alone = _beside_others(trees, config, model)
+            held_out = _set_aside(trees, data) or _beside_others(held_out, config, model)[0]
             if alone:
-                about["divergence"] = f"without {alone:,} of {len(trees):,} rows, which another's answer does not fit"
-        return cls(objective, made[0], made[1], about)
+                about["kl"] = f"estimated without {alone:,} rows, which no answer of another row fits"
+        preflight.check_whole(trees, config.tokens_per_batch)
+        preflight.check_whole(held_out, config.tokens_per_batch)
+        return cls(objective, trees, held_out, about)
 
-    def with_reference(self, config: TrainConfig, model: TreeModel, processes: Processes) -> _Task:
+    def with_reference(self, config: TrainConfig, model: TreeModel, data: Rows, processes: Processes) -> _Task:
         """With what the model, as it is now, makes of the rows, where that is needed."""
         if config.reference != "computed" or not getattr(self.objective, "needs_reference", False):
             return self
-        cache = cache_folder(config.cache_dir) if config.cache else None
-        found, about = [], {}
-        for name, trees in (("reference", self.trees), ("held_out_reference", self.held_out)):
-            if len(trees):
-                preflight.check_whole(trees, config.tokens_per_batch)
-                budget = config.tokens_per_batch
-                trees, about[name] = with_reference(
-                    model, trees, tokens_per_batch=budget, cache=cache, processes=processes
-                )
-            found.append(trees)
-        return _Task(self.objective, found[0], found[1], {**self.about, **about})
+        compute = partial(
+            with_reference,
+            model,
+            tokens_per_batch=config.tokens_per_batch,
+            cache=cache_folder(config.cache_dir) if config.cache else None,
+            processes=processes,
+        )
+        trees, said = compute(self.trees)
+        about = {**self.about, "reference": said}
+        held_out = _set_aside(trees, data) or self.held_out
+        if held_out is self.held_out and len(held_out):
+            held_out, about["held_out_reference"] = compute(held_out)
+        return _Task(self.objective, trees, held_out, about)
+
+
+def _beside_others(
+    trees: Sequence[TokenTree], config: TrainConfig, model: TreeModel
+) -> tuple[Sequence[TokenTree], int]:
+    found, alone = with_others(trees, config.seed, most=config.tokens_per_batch, longest=model.learned_positions)
+    return NamedTrees(found, trees), alone
+
+
+def _set_aside(trees: Sequence[TokenTree], data: Rows) -> Sequence[TokenTree] | None:
+    """The trees of the rows that are held out of those that are trained; None where others are, or none."""
+    return None if data.set_aside is None else [trees[row] for row in data.set_aside.tolist()]
 
 
 def objective_of(config: TrainConfig) -> Objective:
@@ -326,9 +339,6 @@ def resolve(config: TrainConfig, measure: Measuring | None = None) -> Resolved:
     model, _ = _model(config, data.renderer)
     reader = TreeModel(model, bf16=product_dtype(config.precision) is torch.bfloat16)
     task = _Task.of(config, reader, data)
-    if config.compares:
-        preflight.check_whole(task.trees, config.tokens_per_batch)
-        preflight.check_whole(task.held_out, config.tokens_per_batch)
     options = config.tokens_per_step, config.tokens_per_batch, config.share_prefixes, config.seed
     steps = Steps.of(task.trees, *options, data.trained)
     resolved = preflight.resolve(reader, steps, config, compares=config.compares, held_out=bool(len(data.held_out)))
