@@ -64,12 +64,6 @@ def measure(config: TrainConfig, rows: Rows) -> Measure:
     answers = Answers(
         name, [references[at] for at in asked], list(asked.values()), rows.renderer, config.eval_max_new_tokens
     )
-    try:
-        answers.score([""] * len(asked))
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"--eval-metric {name}: needs the package {error.name!r}", "pip install 'instil[evaluate]'"
-        ) from error
     higher = metrics.metric(name).higher_is_better
     left_out = count - len(asked)
     about = f"{name} ({'higher' if higher else 'lower'} is better) of greedy answers to {len(asked):,} of "

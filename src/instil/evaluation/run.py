@@ -67,23 +67,23 @@ def _ask_once(
     """Have each item answered once more; what is too long for the model's context is answered by nothing."""
     from instil.inference.session import TooLongError
 
-    fitting, conversations = [], []
+    fitting, asked = [], []
     for item in items:
         messages = list(item.messages)
         for said, later in zip(item.said[who], item.later_turns, strict=False):
             messages += [{"role": "assistant", "content": said.text}, *later]
         conversation = conversation_of(messages, item.tools)
         try:
-            chat.prompt(conversation, sampling)
+            asked.append((conversation, chat.prompt(conversation, sampling)))
         except TooLongError:
             item.said[who].append(Said("", TOO_LONG, 0))
             done()
             continue
         fitting.append(item)
-        conversations.append(conversation)
-    for item, reply in zip(fitting, chat.replies(conversations, sampling, lambda _: done()), strict=True):
+    for item, reply in zip(fitting, chat.replies_to(asked, sampling, lambda _: done()), strict=True):
         answer = reply.answers[0]
-        item.said[who].append(Said(answer.message.content, answer.ended, answer.tokens or 0))
+        said = Said(answer.message.content, answer.ended, answer.tokens or 0, reply.dropped_turns)
+        item.said[who].append(said)
 
 
 def _short(sampling: SamplingOptions) -> SamplingOptions:
