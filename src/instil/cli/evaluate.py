@@ -386,25 +386,24 @@ def write_results(
     Returns:
         The figures, those of the harness last, and what deserves a look.
     """
-    from instil.evaluation.figures import of_harness
     from instil.evaluation.run import figures
 
-    found = figures(suites, items)
-    warnings = _warnings(found, items)
     harness = evaluation.harness
+    found = figures(suites, items, harness)
+    warnings = _warnings(found, items)
     warnings += [f"lm-eval, {who}: {note}" for who, each in harness.items() for note in each["notes"]]
-    of_tasks = of_harness(harness)
+    of_tasks = {who: {**each, "documents": f"in {EVALUATION}"} for who, each in harness.items()}
     results = {
         "about": evaluation.about,
         "items": {suite.name: sum(item.suite == suite.name for item in items) for suite in suites},
         "figures": [each.to_json() for each in found],
         "warnings": warnings,
-        **({"lm_eval": harness} if harness else {}),
+        **({"lm_eval": of_tasks} if harness else {}),
     }
     write_json(folder / RESULTS, results)
-    page = _page([*found, *of_tasks], suites, items, evaluation, warnings)
-    (folder / REPORT).write_text(to_html(page), encoding="utf-8")
-    return [*found, *of_tasks], warnings
+    page = _page(found, suites, items, evaluation, warnings)
+    (folder / REPORT).write_text(to_html(page), encoding="utf-8", errors="backslashreplace")
+    return found, warnings
 
 
 def _rescore(options: EvaluateOptions) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from instil.conversation import Record, Source
-from instil.evaluation.figures import Figure, adjusted
+from instil.evaluation.figures import Figure, adjusted, of_harness
 from instil.evaluation.items import TOO_LONG, Item, Said, Who
 from instil.evaluation.suites import Suite, conversation_of
 from instil.prompt import Exchange, PromptOptions, RecordEncoder
@@ -91,10 +91,10 @@ def _short(sampling: SamplingOptions) -> SamplingOptions:
     return sampling.model_copy(update={"max_new_tokens": min(16, sampling.max_new_tokens)})
 
 
-def figures(suites: Sequence[Suite], items: Sequence[Item]) -> list[Figure]:
-    """The figures of all suites, from items that are scored."""
+def figures(suites: Sequence[Suite], items: Sequence[Item], harness: Mapping[str, Any] | None = None) -> list[Figure]:
+    """The figures of all suites, from items that are scored; those of the harness's tasks last."""
     found = [each for suite in suites for each in suite.figures([i for i in items if i.suite == suite.name])]
-    return adjusted([each for each in found if each is not None])
+    return adjusted([*(each for each in found if each is not None), *of_harness(harness or {})])
 
 
 def score(suites: Sequence[Suite], items: Sequence[Item]) -> None:
