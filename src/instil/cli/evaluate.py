@@ -27,10 +27,11 @@ from instil.evaluation.items import (
     Evaluation,
     read_evaluation,
     read_items,
+    spaced,
     write_evaluation,
     write_items,
 )
-from instil.evaluation.report import Page, SideBySide, compared, to_html
+from instil.evaluation.report import SHOWN, Page, SideBySide, compared, to_html
 from instil.evaluation.statistics import check_installed
 from instil.inference.options import SamplingOptions
 from instil.prompt.options import PromptOptions, arguments
@@ -62,7 +63,6 @@ _TO_RESCORE = (
 )
 _TASKS = "tasks of EleutherAI's harness"
 _FEW = 30
-_SHOWN = 40
 _TEXTS = 100
 _WIDTH = 132
 _SEED = 1_000_000  # of the bundled plain text: none that the bundled model was trained on
@@ -339,7 +339,7 @@ def _items(suites: Sequence[Suite], limit: int | None) -> list[Item]:
             sys.stderr.write(
                 f"instil: note: {suite.name}: {limit:,} of {len(found):,} items, evenly spaced (--limit)\n"
             )
-            found = [found[at * len(found) // limit] for at in range(limit)]
+            found = spaced(found, limit)
         items += found
     return items
 
@@ -548,15 +548,13 @@ def _page(
     evaluation: Evaluation,
     warnings: Sequence[str],
 ) -> Page:
-    asked = [item for item in items if item.messages]
-    some = asked[:: max(1, len(asked) // _SHOWN)][:_SHOWN]
     return Page(
         title="Evaluation",
         summary=f"{len(items):,} items. Every prompt, answer and score stands in {ITEMS}.",
         about=evaluation.about,
         compared=compared(figures, {suite.name: suite.about for suite in suites} | {"lm-eval": _TASKS}),
         curve=_curve(evaluation.about),
-        answers=[_side(item) for item in some],
+        answers=[_side(item) for item in spaced([item for item in items if item.messages], SHOWN)],
         trained=evaluation.trained,
         warnings=warnings,
     )

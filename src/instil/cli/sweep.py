@@ -23,8 +23,8 @@ from instil.cli.compare import free
 from instil.cli.evaluate import REPORT, RESULTS, EvaluateOptions, Switch, bars, locked, write_results
 from instil.cli.main import reason
 from instil.errors import DataError, InstilError, RowProblem, TrainingError, UsageError, nearest
-from instil.evaluation.items import Evaluation, Item, read_items, write_evaluation, write_items
-from instil.evaluation.report import Page, compared, to_html
+from instil.evaluation.items import Evaluation, Item, read_items, spaced, write_evaluation, write_items
+from instil.evaluation.report import SHOWN, Answered, Page, compared, to_html
 from instil.evaluation.statistics import check_installed
 from instil.inference.options import SamplingOptions
 from instil.training.config import TrainConfig
@@ -310,8 +310,21 @@ class _Sweep:
             compared=compared(found, {}),
             warnings=warnings,
             bars=(first.name, "the setting itself"),
+            answered=self._answered(),
         )
-        (self._output / REPORT).write_text(to_html(page), encoding="utf-8")
+        (self._output / REPORT).write_text(to_html(page), encoding="utf-8", errors="backslashreplace")
+
+    def _answered(self) -> list[Answered]:
+        """What each setting answers, under the first of its seeds."""
+        of_settings = {name: runs[min(runs)] for name, runs in self._done.items() if runs}
+        return [
+            Answered(
+                self._asked[at].prompt,
+                [(name, items[at].said["tuned"][-1].text) for name, items in of_settings.items()],
+                next(iter(self._asked[at].wanted["references"]), ""),
+            )
+            for at in spaced(range(len(self._asked)), SHOWN)
+        ]
 
 
 def _settings(options: SweepOptions) -> list[Setting]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
@@ -15,6 +15,7 @@ from instil.data.strict_json import parse
 from instil.errors import DataError, RowProblem
 from instil.training.files import plain, write_json
 
+T = TypeVar("T")
 Who = Literal["base", "tuned"]
 Scores = dict[str, Any]
 
@@ -113,6 +114,12 @@ def read_evaluation(folder: Path) -> Evaluation | None:
         return TypeAdapter(Evaluation).validate_python(parse(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read: {_reason(error)}", "Remove it, or evaluate anew.") from error
+
+
+def spaced(several: Sequence[T], most: int) -> list[T]:
+    """As many of them, evenly spaced, in their order; all where there are no more."""
+    count = min(len(several), most)
+    return [several[number * len(several) // count] for number in range(count)]
 
 
 def write_items(folder: Path, items: Iterable[Item]) -> None:
