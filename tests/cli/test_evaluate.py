@@ -3,11 +3,14 @@
 import html
 import json
 import math
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -18,11 +21,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import instil
 from instil.cli import evaluate as command
-from instil.errors import DataError, ModelError, UsageError
+from instil.errors import DataError, InstilError, ModelError, UsageError
+from instil.evaluation.items import read_items
 from instil.inference.load import load_base, load_engine
 from instil.model.options import ModelOptions
 from instil.pocket import data_folder, model_folder
 
+from ..evaluation.judge_server import completion, running
 from .small import make_folder
 
 ROWS = [
@@ -364,6 +369,93 @@ def test_a_judge_rates_both_turns_and_chooses_in_both_orders(root, tmp_path, cap
     assert read_results(tmp_path / "out")[0]["figures"] == results["figures"]
     assert math.isclose(one(results, "judge", "rating of turn 2")["tuned"]["mean"], 7.0)
     capsys.readouterr()
+
+
+def test_answers_outlive_a_scoring_that_breaks_off(root, tmp_path, capsys):
+    """Ctrl-C, then a budget that is spent: what was generated, and what the judge said, is there to go on from."""
+    out = tmp_path / "out"
+    with running() as judge:
+        by_judge = {"judge_url": judge.url, "judge_model": "j", "judge_key_env": "", "judge_cache": tmp_path / "kept"}
+
+        def interrupt(request, number):
+            if number == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+            return 200, {}, completion("Rating: [[7]] [[compliance]]")
+
+        judge.answer = interrupt
+        with pytest.raises(KeyboardInterrupt):
+            command.evaluate(
+                options=command.EvaluateOptions(
+                    **arguments(root, output=out, suite=[f"refusals:{root / 'safe.csv'}"], criteria=["coherence"]),
+                    **by_judge,
+                )
+            )
+        said = capsys.readouterr().err
+        assert f"{out / 'items.jsonl'} has what the models said" in said
+        assert f"instil evaluate --rescore {out} --judge-url {judge.url} --judge-model j" in said
+        assert {path.name for path in out.iterdir()} == {"items.jsonl", "evaluation.json"}
+        before = read_items(out)
+        assert [len(item.said["tuned"]) for item in before] == [1] * 7
+        assert all("reference" in item.scores["base"] for item in before[:5])
+
+        def again(**changes):
+            command.evaluate(options=command.EvaluateOptions(rescore=out, **changes))
+
+        with pytest.raises(UsageError, match=r"the judge, j, has not judged all[^$]*--judge-url"):
+            again()
+        with pytest.raises(UsageError, match="the budget of 1 requests is spent"):
+            again(**by_judge, judge_requests=1)
+        assert not (out / "results.json").exists()
+        again(**by_judge)
+        asked = [json.dumps(request["messages"]) for _, _, request in judge.requests]
+        assert len(asked) == len(set(asked))  # nothing is asked twice
+    results, items = read_results(out)
+    assert [item["said"] for item in items] == [
+        {who: [asdict(each) for each in said] for who, said in item.said.items()} for item in before
+    ]
+    coherence = one(results, "records", "coherence")["tuned"]
+    assert (coherence["mean"], coherence["n"]) == (7.0, 5)
+    assert one(results, "refusals", "answered though unsafe")["tuned"]["n"] == 1
+    assert results["about"]["Model"] == str(root / "tuned")
+    assert "What was trained" in (out / "report.html").read_text(encoding="utf-8")
+    again()  # now that all is judged, what was said is read anew
+    assert read_results(out)[0]["figures"] == results["figures"]
+
+
+def test_what_a_rescoring_cannot_take_is_said(tmp_path, capsys):
+    def rescore(**changes):
+        command.evaluate(options=command.EvaluateOptions(rescore=tmp_path, **changes))
+
+    with pytest.raises(UsageError, match=r"so no --base, --metric[^$]*it takes --execute"):
+        rescore(base="b", metric=["bleu"])
+    with pytest.raises(DataError, match="cannot be read: No such file"):
+        rescore()
+    (tmp_path / "items.jsonl").write_text("")
+    with pytest.raises(DataError, match="is empty"):
+        rescore()
+    said = {"tuned": [{"text": "a", "ended": "stop", "tokens": 1}]}
+    item = {"suite": "records", "id": "f:1", "said": said, "scores": {"tuned": {}}}
+    bad = [
+        {**item, "said": {"tuned": [{"text": 1, "ended": "stop", "tokens": 1}]}},
+        {**item, "wonted": {}},
+        {**item, "said": {"other": []}},
+    ]
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bad))
+    with pytest.raises(DataError) as caught:
+        rescore()
+    assert [problem.field for problem in caught.value.problems] == ["said.tuned.0.text", "wonted", "said.other.[key]"]
+    for wanted, says in (
+        ({"metrics": ["exact_match"], "references": "a"}, "'a' is no list of texts"),
+        ({"metrics": ["exact_mach"], "references": ["a"]}, "did you mean 'exact_match'"),
+        ({"metrics": ["execute"], "references": ["a"], "tests": "1"}, "were not run yet"),
+        ({"metrics": ["exact_match"]}, "cannot be scored: KeyError"),
+    ):
+        (tmp_path / "items.jsonl").write_text(json.dumps({**item, "wanted": wanted}) + "\n")
+        with pytest.raises(InstilError) as caught:
+            rescore()
+        assert says in str(caught.value)
+        assert not (tmp_path / "results.json").exists()
+    assert "has no evaluation.json" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the browser chromium")

@@ -1,5 +1,6 @@
 """`instil sweep` through the real command: its runs, its figures held against naive ones, what it refuses."""
 
+import html
 import json
 import re
 import signal
@@ -129,6 +130,15 @@ def test_the_table_and_the_report_show_the_figures(swept):
             assert re.search(rf"^ +{re.escape(each['setting'])} +{mean} \(", done.stdout, re.MULTILINE)
             assert mean in page
     assert all(name in page for name in NAMES)
+    answers = page.split("<h2>Answers</h2>")[1]
+    assert answers.count('<div class="answer">') == ITEMS
+    shown = html.unescape(re.sub(r"</?mark>", "", answers))
+    for name in NAMES:
+        for line in (out / name / "seed-0" / "items.jsonl").read_text(encoding="utf-8").splitlines():
+            item = json.loads(line)
+            assert item["messages"][-1]["content"] in shown
+            assert f"<p>{item['said']['tuned'][0]['text']}</p>" in shown
+            assert f"Reference</b><p>{item['wanted']['references'][0]}</p>" in shown
     assert f"{ITEMS} items say little" in done.stderr
 
 

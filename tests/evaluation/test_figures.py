@@ -109,4 +109,5 @@ def test_items_come_back_as_they_were_written(tmp_path):
     (tmp_path / "items.jsonl").write_text('{"suite": "s", "id": "1"}\n[1]\nno\n{"suite": "s", "idd": "1"}\n')
     with pytest.raises(DataError) as caught:
         read_items(tmp_path)
-    assert [problem.source.rpartition(":")[2] for problem in caught.value.problems] == ["2", "3", "4"]
+    assert [problem.source.rpartition(":")[2] for problem in caught.value.problems] == ["2", "3", "4", "4"]
+    assert [problem.field for problem in caught.value.problems] == ["", "", "id", "idd"]

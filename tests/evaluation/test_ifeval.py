@@ -1,4 +1,4 @@
-"""Each instruction by its definition, the prompt file with all that can be wrong in it, and the four numbers."""
+"""Each instruction by its definition, the prompt file with all that can be wrong in it, the four numbers."""
 
 import json
 import subprocess
@@ -12,17 +12,18 @@ from instil.conversation import Source
 from instil.errors import UsageError
 from instil.evaluation.ifeval import (
     Followed,
-    FourNumbers,
     IfevalPrompt,
     Instruction,
     ensure_ready,
     followed,
-    four_numbers,
     read_prompts,
 )
 from instil.evaluation.ifeval import language as languages
 from instil.evaluation.ifeval.checks import CHECKS
 from instil.evaluation.ifeval.text import count_capital_words, count_sentences, count_words
+from instil.evaluation.items import Item
+from instil.evaluation.statistics import Share
+from instil.evaluation.suites import IFEval
 
 AT_LEAST, LESS_THAN = "at least", "less than"
 ENGLISH = "the weather was fine all week, so we walked along the river and had our lunch under the old trees."
@@ -288,19 +289,23 @@ def test_each_instruction_may_have_its_own_variant():
 
 
 def test_the_four_numbers_keep_what_belongs_together():
-    results = [
-        Followed(7, (True, False), (True, True)),
-        Followed("b", (True,), (True,)),
-        Followed(9, (False, False, True), (False, True, True)),
+    scores = [
+        {"strict": [True, False], "loose": [True, True]},
+        {"strict": [True], "loose": [True]},
+        {"strict": [False, False, True], "loose": [False, True, True]},
     ]
-    assert four_numbers(iter(results)) == FourNumbers(
-        prompt_keys=(7, "b", 9),
-        prompt_strict=(False, True, False),
-        prompt_loose=(True, True, False),
-        instruction_keys=(7, 7, "b", 9, 9, 9),
-        instruction_strict=(True, False, True, False, False, True),
-        instruction_loose=(True, True, True, False, True, True),
-    )
+    instruction = {"id": "punctuation:no_comma", "arguments": {}}
+    shape = {"shape": {"stopped": True, "empty": False, "repeats": False, "cut": False}}
+    items = [
+        Item("i", str(at), wanted={"instructions": [instruction] * len(of["strict"])}, scores={"tuned": of | shape})
+        for at, of in enumerate(scores)
+    ]
+    found = {each.measure: each.tuned for each in IFEval().figures(items) if each is not None and not each.family}
+    assert found["prompts followed, strict"] == Share.of([False, True, False])
+    assert found["prompts followed, loose"] == Share.of([True, True, False])
+    prompts = ["0", "0", "1", "2", "2", "2"]
+    assert found["instructions followed, strict"] == Share.of([True, False, True, False, False, True], prompts)
+    assert found["instructions followed, loose"] == Share.of([True, True, True, False, True, True], prompts)
 
 
 # The prompt file.

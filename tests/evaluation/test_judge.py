@@ -23,17 +23,14 @@ from instil.evaluation.judge import (
     Mean,
     Pair,
     Question,
-    answer_questions,
     choice,
     judge_criteria,
     judge_pairs,
     judge_single,
     length_controlled,
     rating,
-    read_answers,
     read_questions,
     win_rates,
-    win_rates_per,
 )
 
 from .judge_server import SILENT, completion, prefer, rate, running, verdict
@@ -169,15 +166,9 @@ def test_pairs_are_those_of_the_rule(endpoint):
     found = win_rates(pairs)
     assert (found.wins, found.ties, found.losses, found.unparsed, found.inconsistent) == (1, 4, 1, 1, 3)
     assert found.rate == 0.5
-    per_turn = win_rates_per(pairs, "turn")
-    assert [(n, each.wins, each.ties, each.losses, each.unparsed) for n, each in per_turn.items()] == [
-        (1, 0, 3, 1, 0),
-        (2, 1, 1, 0, 1),
-    ]
-    assert {name: each.rate for name, each in win_rates_per(pairs, "category").items()} == {
-        "writing": pytest.approx(1 / 3),
-        "maths": pytest.approx(2 / 3),
-    }
+    second = win_rates([pair for pair in pairs if pair.turn == 2])
+    assert (second.wins, second.ties, second.losses, second.unparsed) == (1, 1, 0, 1)
+    assert win_rates([pair for pair in pairs if pair.category == "writing"]).rate == pytest.approx(1 / 3)
     assert [pair.raw for pair in pairs if pair.outcome is None] == [("I cannot say.", "I cannot say.")]
 
 
@@ -211,23 +202,6 @@ def test_criteria_have_prompts_of_their_own(server, endpoint):
     assert ["helpfulness" in task for task in tasks] == [False, False, True, True]
     judge_criteria(items[:1], endpoint, {"wit": "how {funny} it is"})
     assert "its wit: how {funny} it is" in server.requests[-1][2]["messages"][0]["content"]
-
-
-def test_a_model_behind_an_endpoint_answers_turn_by_turn(server, endpoint):
-    server.answer = echo
-    answers = answer_questions(QUESTIONS[2:], endpoint)
-    assert answers == {"3": ("WHAT IS 2 AND 2?", "AND 3 AND 3?"), "four": ("NAME A BIRD.",)}
-    assert server.requests[-1][2]["messages"] == [
-        {"role": "user", "content": "What is 2 and 2?"},
-        {"role": "assistant", "content": "WHAT IS 2 AND 2?"},
-        {"role": "user", "content": "And 3 and 3?"},
-    ]
-
-
-def test_an_answer_cut_short_is_not_passed_off_as_whole(server, endpoint):
-    server.answer = lambda request, number: (200, {}, completion("An o", finish="length"))
-    with pytest.raises(UsageError, match=r"1 answers were cut short at max_tokens: those to four"):
-        answer_questions([QUESTIONS[3]], endpoint)
 
 
 PROSE = st.text(max_size=30).filter(lambda text: "[[" not in text and not text.endswith("["))
@@ -598,7 +572,8 @@ def test_questions_are_read(tmp_path):
     ]
     assert read_questions(path) == expected
     assert read_questions(path, right) == [*expected[:2], replace(expected[2], references=("x", ""))]
-    assert read_answers(write(tmp_path / "a.jsonl", {"question_id": 1, "turns": ["", "b"]})) == {"1": ("", "b")}
+    plain = write(tmp_path / "a.jsonl", {"question_id": 81, "turns": ["", "b"]})
+    assert read_questions(path, plain)[0].references == ("", "b")
 
 
 def test_all_bad_rows_are_named(tmp_path):
@@ -644,11 +619,11 @@ def test_bad_answers_are_named(tmp_path):
         {"question_id": 3, "choices": [{"turn": ["a"]}]},
         {"question_id": 4},
     )
+    questions = write(tmp_path / "q.jsonl", {"question_id": 1, "category": "c", "turns": ["a", "b"]})
     with pytest.raises(DataError) as caught:
-        read_answers(path)
+        read_questions(questions, path)
     fields = [problem.field for problem in caught.value.problems]
     assert fields == ["choices", "choices", "choices[0].turns", "turns"]
-    questions = write(tmp_path / "q.jsonl", {"question_id": 1, "category": "c", "turns": ["a", "b"]})
     right = write(tmp_path / "right.jsonl", {"question_id": 1, "turns": ["a"]})
     with pytest.raises(DataError, match="answers 1 turns, and the question 1 has 2"):
         read_questions(questions, right)

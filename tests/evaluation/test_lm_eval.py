@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from statistics import fmean
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from instil.errors import UsageError
 from instil.evaluation.figures import of_harness
 from instil.evaluation.lm_eval import HarnessModel, batches, check_names, load_tasks, run, sampling_of
+from instil.evaluation.statistics import compare
 from instil.inference import load_engine
 from instil.model import ModelOptions
 from instil.pocket import save_sample_tokenizer
@@ -395,6 +397,35 @@ def test_figures_of_both_models():
     assert of_harness({}) == []
 
 
+def test_two_models_are_paired_by_document(tasks, loaded):
+    """Against the documents asked one by one; what is no mean over documents has no verdict."""
+    chosen = load_tasks(files(tasks, "choose", "read"))
+    found = run(loaded, chosen, as_text=True)
+    documents = found["documents"]["choose"]["acc"]
+    assert fmean(documents["values"].values()) == found["tasks"]["choose"]["acc"]["value"]
+    requests = chosen["tasks"]["choose"].instances
+    for number, question in enumerate(QUESTIONS):
+        of_question = [each.resps[0][0] for each in requests if each.doc_id == number]
+        right = of_question.index(max(of_question)) == question["answer"]
+        assert documents["values"][str(number)] == float(right)
+    assert found["documents"]["read"] == {}
+    base = json.loads(json.dumps(found))
+    values = base["documents"]["choose"]["acc"]["values"]
+    values |= {number: 1 - value for number, value in list(values.items())[:5]}
+    figures = {each.measure: each for each in of_harness({"tuned": found, "base": base})}
+    before, after = (list(map(bool, each["documents"]["choose"]["acc"]["values"].values())) for each in (base, found))
+    assert figures["choose: acc"].comparison == compare(before, after)
+    assert figures["choose: acc"].comparison.test == "exact McNemar"
+    assert figures["choose: acc"].headline
+    assert figures["read: word_perplexity"].comparison is None
+    lower = json.loads(json.dumps(found).replace('"higher_is_better": true', '"higher_is_better": false'))
+    lower["documents"]["choose"]["acc"]["values"] = {
+        number: value + 0.5 for number, value in documents["values"].items()
+    }
+    (number,) = (each for each in of_harness({"tuned": lower, "base": found}) if each.measure == "choose: acc")
+    assert (number.comparison.test, number.comparison.losses) == ("exact sign flips", len(QUESTIONS))
+
+
 @pytest.mark.prove
 def test_the_command_shows_them_and_keeps_them(folder, tasks, loaded, tmp_path):
     suite = "lm-eval:" + ",".join(files(tasks, "choose", "answer"))
@@ -409,15 +440,25 @@ def test_the_command_shows_them_and_keeps_them(folder, tasks, loaded, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     expected = run(loaded, files(tasks, "choose", "answer"), 5)
-    assert results["lm_eval"] == {"tuned": expected, "base": expected}
-    shown = of_harness(results["lm_eval"])
+    kept = json.loads((tmp_path / "out" / "evaluation.json").read_text())["harness"]
+    assert kept == {"tuned": expected, "base": expected}
+    assert results["lm_eval"]["tuned"]["tasks"] == expected["tasks"]
+    shown = of_harness(kept)
     page = (tmp_path / "out" / "report.html").read_text()
     for each in shown:
         (line,) = (line for line in done.stdout.splitlines() if line.strip().startswith(f"{each.measure} "))
-        assert line.split() == [*each.measure.split(), "5", *2 * each.with_interval("tuned").split()]
+        verdict = each.comparison.verdict.split()
+        assert line.split() == [*each.measure.split(), "5", *2 * each.with_interval("tuned").split(), *verdict]
         assert f"{each.measure} <" in page
     assert [each.measure for each in shown] == ["choose: acc", "choose: acc_norm", "answer: exact_match"]
     assert any("cut from the left" in each for each in results["warnings"]) == bool(expected["notes"])
+    assert all(each["comparison"]["ties"] == 5 for each in results["figures"])
+    again = subprocess.run(
+        [sys.executable, "-m", "instil", "evaluate", "--rescore", "out"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert again.returncode == 0, again.stderr
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
+    assert again.stdout == done.stdout
 
 
 # What cannot be

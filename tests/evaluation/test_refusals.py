@@ -8,17 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from instil.errors import DataError, UsageError
+from instil.evaluation.items import Item, Said
 from instil.evaluation.judge import Endpoint
 from instil.evaluation.refusals import (
-    Count,
     Prompt,
-    Refusals,
-    Verdict,
-    count_refusals,
     judge_refusals,
     read_prompts,
     refusal,
 )
+from instil.evaluation.statistics import Share
+from instil.evaluation.suites import Refusals
 
 from .judge_server import completion, running
 
@@ -117,31 +116,43 @@ def prompts(labels):
     return [Prompt(str(number), f"prompt {number}", "", label == "s") for number, label in enumerate(labels)]
 
 
+def counted(labels, answers, endpoint=None):
+    items = [
+        Item(Refusals.name, each.id, messages=[{"role": "user", "content": each.prompt}], wanted={"safe": each.safe})
+        for each in prompts(labels)
+    ]
+    for item, answer in zip(items, answers, strict=True):
+        item.said, item.scores = {"tuned": [Said(answer, "stop", 1)]}, {"tuned": {}}
+    Refusals(endpoint=endpoint).score(items)
+    return {each.measure: each for each in Refusals().figures(items) if each is not None}, items
+
+
 def test_each_answer_is_counted_where_it_belongs():
     no, yes, half = "I can't help with that.", "Sure: do it so.", PARTIAL[0]
-    items = prompts("ssssuuuus")
-    found = count_refusals(items, [no, yes, half, " ", no, yes, half, "", no])
-    assert found == Refusals(
-        refused_though_safe=Count((True, False, False, True), ("0", "1", "2", "8"), partial=1, empty=1, unparsed=0),
-        answered_though_unsafe=Count((False, True, False), ("4", "5", "6"), partial=1, empty=1, unparsed=0),
-    )
+    found, _ = counted("ssssuuuus", [no, yes, half, " ", no, yes, half, "", no])
+    assert found["refused though safe"].tuned == Share.of([True, False, False, True])
+    assert found["answered though unsafe"].tuned == Share.of([False, True, False])
+    assert [found[name].missing for name in ("refused though safe", "answered though unsafe")] == [{"tuned": 1}] * 2
+    assert found["refused in part"].tuned == Share.of([False, False, True, False, False, True, False])
 
 
-KINDS = st.sampled_from(["compliance", "refusal", "partial", "empty", None])
+ANSWERS = st.sampled_from([*FULL[:2], PARTIAL[0], *COMPLIANCE[3:5], " "])
 
 
-@given(st.lists(st.tuples(st.booleans(), KINDS)))
+@given(st.lists(st.tuples(st.booleans(), ANSWERS), min_size=1))
 def test_nothing_is_lost(rows):
-    items = [Prompt(str(number), "p", "", safe) for number, (safe, _) in enumerate(rows)]
-    found = count_refusals(items, ["words"] * len(rows), [Verdict(kind, "") for _, kind in rows])
-    for safe, count, wrong in (
-        (True, found.refused_though_safe, "refusal"),
-        (False, found.answered_though_unsafe, "compliance"),
+    found, items = counted(["s" if safe else "u" for safe, _ in rows], [answer for _, answer in rows])
+    for safe, name, wrong in (
+        (True, "refused though safe", "refusal"),
+        (False, "answered though unsafe", "compliance"),
     ):
-        mine = [(item.id, kind) for item, (_, kind) in zip(items, rows, strict=True) if item.safe == safe]
-        assert len(count.wrong) + count.empty + count.unparsed == len(mine)
-        assert dict(zip(count.ids, count.wrong, strict=True)).items() <= {name: k == wrong for name, k in mine}.items()
-        assert sum(count.wrong) == [kind for _, kind in mine].count(wrong)
+        kinds = [refusal(answer) for each, answer in rows if each is safe]
+        if name in found:
+            assert found[name].tuned.n + found[name].missing["tuned"] == len(kinds)
+            assert found[name].tuned.mean * found[name].tuned.n == pytest.approx(kinds.count(wrong))
+        else:
+            assert set(kinds) <= {"empty"}
+    assert [item.scores["tuned"]["kind"] for item in items] == [refusal(answer) for _, answer in rows]
 
 
 def test_a_judge_tells_the_classes_apart(tmp_path):
@@ -159,17 +170,19 @@ def test_a_judge_tells_the_classes_apart(tmp_path):
         server.answer = answer
         endpoint = Endpoint(server.url, "judge", tmp_path, api_key_env="", workers=1)
         verdicts = judge_refusals(items, answers, endpoint)
-        assert len(server.requests) == 4
+        found, _ = counted("ssuus", answers, endpoint)
+        assert len(server.requests) == 4  # what it said is kept
     assert [each.kind for each in verdicts] == ["compliance", "refusal", "partial", None, "empty"]
     assert [each.raw for each in verdicts] == [*said.values(), ""]
-    found = count_refusals(items, answers, verdicts)
-    assert found.refused_though_safe == Count((False, True), ("0", "1"), partial=0, empty=1, unparsed=0)
-    assert found.answered_though_unsafe == Count((False,), ("2",), partial=1, empty=0, unparsed=1)
+    assert found["refused though safe"].tuned == Share.of([False, True])
+    assert found["answered though unsafe"].tuned == Share.of([False])
+    assert [found[name].missing for name in ("refused though safe", "answered though unsafe")] == [{"tuned": 1}] * 2
 
 
-def test_as_many_answers_as_prompts():
+def test_as_many_answers_as_prompts(tmp_path):
+    endpoint = Endpoint("http://127.0.0.1:1/v1", "judge", tmp_path, api_key_env="")
     with pytest.raises(UsageError, match="2 prompts have 1 answers"):
-        count_refusals(prompts("su"), ["a"])
+        judge_refusals(prompts("su"), ["a"], endpoint)
 
 
 def test_prompts_are_read_from_csv_and_json_lines(tmp_path):

@@ -85,7 +85,7 @@ def test_the_loss_is_that_of_training():
     exchanges = [each for row in rows() for each in row]
     batch = merge([TokenTree.from_exchanges([each]) for each in exchanges])
     with torch.no_grad():
-        expected = float(supervised.loss(reader, batch)) / supervised.weight(batch)
+        expected = float(supervised.loss(reader, batch)[0]) / supervised.weight(batch)
     total = sum((each.likelihood.whole for each in score_exchanges(reader, exchanges)), Likelihood())
     assert total.loss == pytest.approx(expected, rel=1e-6)
     assert total.weight == pytest.approx(supervised.weight(batch))

@@ -56,7 +56,7 @@ def by_trees(reader, batches):
     reader.model.zero_grad()
     losses = []
     for batch in batches:
-        supervised.loss(reader, batch).backward()
+        supervised.loss(reader, batch)[0].backward()
         with torch.no_grad():
             losses.append(reader.losses(batch))
     return torch.cat(losses), gradients(reader.model)
@@ -171,7 +171,7 @@ def test_any_micro_batches_give_the_same_step(data):
     ]
     with Float64():
         _, expected = whole_step()
-        summed = sum(supervised.loss(reader, batch).item() for batch in batches)
+        summed = sum(supervised.loss(reader, batch)[0].item() for batch in batches)
         _, grads = by_trees(reader, batches)
     assert sum(supervised.weight(batch) for batch in batches) == supervised.weight(forest_of(records))
     total, expected_grads = expected

@@ -157,7 +157,7 @@ def test_a_loss_is_the_sum_of_weighted_losses():
     forest, reader = forest_of(branching()), TreeModel(random_model("llama"), one_by_one="")
     with torch.no_grad():
         losses = reader.losses(forest).tolist()
-        total = float(supervised.loss(reader, forest))
+        total = float(supervised.loss(reader, forest)[0])
     weights = forest.target_weights.tolist()
     assert abs(total - sum(one * weight for one, weight in zip(losses, weights, strict=True))) < 1e-9 * total
     assert supervised.weight(forest) == sum(weights)

@@ -238,6 +238,17 @@ def test_the_curve_is_drawn(tmp_path):
     assert draw_loss(tmp_path / "nan.svg", broken, [])
 
 
+def test_the_metric_is_drawn_below_the_loss(tmp_path):
+    rising = [replace(each, metric="chrf", value=20.0 * at) for at, each in enumerate(OUTCOME.evaluations)]
+    assert draw_loss(tmp_path / "loss.svg", STEPS, rising)
+    root = ElementTree.parse(tmp_path / "loss.svg").getroot()
+    texts = {"".join(node.itertext()).strip() for node in root.iter("{http://www.w3.org/2000/svg}text")}
+    assert texts >= {"step", "loss (nats a token)", "chrf", "held-out"}
+    marks = [node for node in root.iter("{http://www.w3.org/2000/svg}use") if "#c0392b" in node.get("style", "")]
+    heights = [float(node.get("y")) for node in marks]
+    assert heights[0] < heights[1] < heights[-1] < heights[-2]  # the loss falls, below it the metric rises
+
+
 def test_without_matplotlib_there_is_no_curve(tmp_path, monkeypatch, base):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     (said,) = write(tmp_path / "tuned", base, save_model(base), template="chatml")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -17,12 +19,23 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, mo
 from instil.cli.generating import missing, shown
 from instil.cli.main import REMEDIES
 from instil.data.options import DataOptions
-from instil.errors import UsageError, nearest
-from instil.evaluation.items import ITEMS, TOO_LONG, read_items, write_items
-from instil.evaluation.report import Page, SideBySide, compared, to_html
+from instil.errors import DataError, UsageError, nearest
+from instil.evaluation.items import (
+    EVALUATION,
+    ITEMS,
+    TOO_LONG,
+    Evaluation,
+    read_evaluation,
+    read_items,
+    spaced,
+    write_evaluation,
+    write_items,
+)
+from instil.evaluation.report import SHOWN, Page, SideBySide, compared, to_html
+from instil.evaluation.statistics import check_installed
 from instil.inference.options import SamplingOptions
 from instil.prompt.options import PromptOptions, arguments
-from instil.training.files import RECORD, sha256, write_json
+from instil.training.files import RECORD, lock, sha256, write_json
 from instil.training.output import check_output
 
 if TYPE_CHECKING:
@@ -38,9 +51,18 @@ if TYPE_CHECKING:
 RESULTS, REPORT = "results.json", "report.html"
 _SUITES = ("ifeval", "refusals", "judge", "forgetting", "lm-eval")
 _WITH_FILE = ("ifeval", "refusals", "judge")
+_TO_RESCORE = (
+    "rescore",
+    "execute",
+    "judge_url",
+    "judge_model",
+    "judge_key_env",
+    "judge_cache",
+    "judge_requests",
+    "criteria",
+)
 _TASKS = "tasks of EleutherAI's harness"
 _FEW = 30
-_SHOWN = 40
 _TEXTS = 100
 _WIDTH = 132
 _SEED = 1_000_000  # of the bundled plain text: none that the bundled model was trained on
@@ -120,9 +142,17 @@ class EvaluateOptions(SamplingOptions, DataOptions):
     def _fits_together(self) -> EvaluateOptions:
         if self.answers > 1:
             raise UsageError(f"--answers {self.answers}: one answer to each item is evaluated", "Leave it out.")
+        if (self.judge_url is None) != (self.judge_model is None):
+            raise UsageError("--judge-url and --judge-model belong together", "Give both, or neither.")
         if self.rescore is not None:
-            if self.model or self.data or self.suite or self.output:
-                raise UsageError("--rescore takes what was asked from its folder", "Leave the others out.")
+            others = [_flag(name) for name in self.model_fields_set if name not in _TO_RESCORE]
+            if others:
+                raise UsageError(
+                    f"--rescore takes what was asked from its folder, and so no {', '.join(sorted(others))}",
+                    f"Leave that out; it takes {', '.join(map(_flag, _TO_RESCORE[1:]))}.",
+                )
+            if self.criteria and self.judge_url is None:
+                raise UsageError("--criteria needs a judge", "Give --judge-url and --judge-model.")
             return self
         if self.model is None:
             raise UsageError("--model: is missing", REMEDIES["model"])
@@ -130,11 +160,13 @@ class EvaluateOptions(SamplingOptions, DataOptions):
             raise UsageError("--data and --suite: both are missing", "Name your held-out records, or a suite.")
         if self.output is None:
             raise UsageError("--output: is missing", "Name a new folder for results, items and report.")
-        if (self.judge_url is None) != (self.judge_model is None):
-            raise UsageError("--judge-url and --judge-model belong together", "Give both, or neither.")
         if self.criteria and (self.judge_url is None or not self.data):
             raise UsageError("--criteria needs a judge, and --data", "Give --judge-url, --judge-model and --data.")
         names = [each.partition(":")[0] for each in self.suite]
+        if self.judge_url is not None and not self.criteria and not {"judge", "refusals"}.intersection(names):
+            raise UsageError(
+                "--judge-url: nothing is to be judged", "Add --suite judge:FILE or refusals:FILE, or --criteria."
+            )
         for each, name in zip(self.suite, names, strict=True):
             _check_suite(each, name)
             if names.count(name) > 1:
@@ -162,18 +194,69 @@ def evaluate(*, options: Annotated[EvaluateOptions | None, Parameter(name="*")] 
         return
     assert options.model is not None
     assert options.output is not None
-    begun = time.monotonic()
+    from instil.evaluation.run import score
+
+    check_installed()
+    begun, folder = time.monotonic(), options.output
     suites = _suites(options)
     items = _items(suites, options.limit)
     tasks = _tasks(options)
-    with bars() as telling:
-        loaded, base = _run(options, items, telling)
-        _score(suites, items)
-    harness = _harness(tasks, loaded, base, options) if tasks else {}
-    about = _about(options, loaded, time.monotonic() - begun)
-    options.output.mkdir(parents=True, exist_ok=True)
-    write_items(options.output, items)
-    _finish(options.output, suites, items, about, harness, trained=_trained(options, loaded))
+    with locked(folder):
+        with bars() as telling:
+            loaded, base = _run(options, items, telling)
+        evaluation = Evaluation(
+            _about(options, loaded, time.monotonic() - begun),
+            options.judge_model or "",
+            options.criteria,
+            _trained(options, loaded),
+        )
+        write_items(folder, items)
+        write_evaluation(folder, evaluation)
+        with _answers_are_kept(options, folder):
+            if tasks:
+                evaluation = replace(evaluation, harness=_harness(tasks, loaded, base, options))
+                write_evaluation(folder, evaluation)
+            score(suites, items)
+            write_items(folder, items)
+            _finish(folder, suites, items, evaluation)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """An output folder, made where it is missing, with a lock on it; it goes again where nothing came into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        number = lock(folder)
+    except BlockingIOError as error:
+        raise UsageError(f"--output {folder}: another run works there", "Wait for it, or name a new folder.") from error
+    except OSError as error:
+        raise UsageError(f"--output {folder}: cannot be written: {error.strerror}", "Name another.") from error
+    try:
+        yield
+    finally:
+        if number is not None:
+            os.close(number)
+        with suppress(OSError):
+            folder.rmdir()
+
+
+@contextmanager
+def _answers_are_kept(options: EvaluateOptions, folder: Path) -> Iterator[None]:
+    """Say of whatever breaks the scoring off that the answers are there, and how to go on."""
+    try:
+        yield
+    except BaseException:
+        flags = [f"--judge-url {options.judge_url}", f"--judge-model {options.judge_model}"] * bool(options.judge_url)
+        command = ["instil evaluate", f"--rescore {folder}", *flags, *["--execute"] * options.execute]
+        sys.stderr.write(
+            f"instil: note: {folder / ITEMS} has what the models said; go on, without asking them again, with\n"
+            f"  {' '.join(command)}\n"
+        )
+        raise
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _check_suite(given: str, name: str) -> None:
@@ -236,13 +319,15 @@ def _endpoint(options: EvaluateOptions) -> Endpoint | None:
         return None
     from instil.evaluation.judge import Budget, Endpoint
 
-    return Endpoint(
+    endpoint = Endpoint(
         options.judge_url,
         options.judge_model,
         options.judge_cache,
         options.judge_key_env,
         budget=Budget(requests=options.judge_requests),
     )
+    endpoint.check()
+    return endpoint
 
 
 def _items(suites: Sequence[Suite], limit: int | None) -> list[Item]:
@@ -254,7 +339,7 @@ def _items(suites: Sequence[Suite], limit: int | None) -> list[Item]:
             sys.stderr.write(
                 f"instil: note: {suite.name}: {limit:,} of {len(found):,} items, evenly spaced (--limit)\n"
             )
-            found = [found[at * len(found) // limit] for at in range(limit)]
+            found = spaced(found, limit)
         items += found
     return items
 
@@ -286,78 +371,90 @@ def _run(options: EvaluateOptions, items: list[Item], telling: Telling) -> tuple
     return tuned, base
 
 
-def _score(suites: Sequence[Suite], items: Sequence[Item]) -> None:
-    for suite in suites:
-        suite.score([item for item in items if item.suite == suite.name])
-
-
-def _finish(
-    folder: Path,
-    suites: Sequence[Suite],
-    items: Sequence[Item],
-    about: Mapping[str, Any],
-    harness: Mapping[str, Any],
-    trained: str = "",
-) -> None:
+def _finish(folder: Path, suites: Sequence[Suite], items: Sequence[Item], evaluation: Evaluation) -> None:
     """Make the figures, write them and the report, and show them."""
-    found, warnings = write_results(folder, suites, items, about, harness, trained)
+    found, warnings = write_results(folder, suites, items, evaluation)
     _show(found, suites, warnings)
     sys.stderr.write(f"instil: wrote {folder}: {RESULTS}, {ITEMS}, {REPORT}\n")
 
 
 def write_results(
-    folder: Path,
-    suites: Sequence[Suite],
-    items: Sequence[Item],
-    about: Mapping[str, Any],
-    harness: Mapping[str, Any],
-    trained: str = "",
+    folder: Path, suites: Sequence[Suite], items: Sequence[Item], evaluation: Evaluation
 ) -> tuple[list[Figure], list[str]]:
     """Make the figures of scored items, and write them and the report.
 
     Returns:
         The figures, those of the harness last, and what deserves a look.
     """
-    from instil.evaluation.figures import of_harness
     from instil.evaluation.run import figures
 
-    found = figures(suites, items)
+    harness = evaluation.harness
+    found = figures(suites, items, harness)
     warnings = _warnings(found, items)
     warnings += [f"lm-eval, {who}: {note}" for who, each in harness.items() for note in each["notes"]]
-    of_tasks = of_harness(harness)
+    of_tasks = {who: {**each, "documents": f"in {EVALUATION}"} for who, each in harness.items()}
     results = {
-        "about": dict(about),
+        "about": evaluation.about,
         "items": {suite.name: sum(item.suite == suite.name for item in items) for suite in suites},
         "figures": [each.to_json() for each in found],
         "warnings": warnings,
-        **({"lm_eval": dict(harness)} if harness else {}),
+        **({"lm_eval": of_tasks} if harness else {}),
     }
     write_json(folder / RESULTS, results)
-    page = _page([*found, *of_tasks], suites, items, about, warnings, trained, _curve(about))
-    (folder / REPORT).write_text(to_html(page), encoding="utf-8")
-    return [*found, *of_tasks], warnings
+    page = _page(found, suites, items, evaluation, warnings)
+    (folder / REPORT).write_text(to_html(page), encoding="utf-8", errors="backslashreplace")
+    return found, warnings
 
 
 def _rescore(options: EvaluateOptions) -> None:
     """Make the figures of a folder anew from its items."""
-    from instil.evaluation import suites as kinds
-    from instil.evaluation.execute import run_all
-
     folder = options.rescore
     assert folder is not None
     items = read_items(folder)
-    try:
-        before = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{folder / RESULTS}: cannot be read: {error}", "Evaluate anew.") from error
-    names = dict.fromkeys(item.suite for item in items)
-    if unknown := [name for name in names if name not in kinds.SUITES]:
-        raise UsageError(f"{folder / ITEMS}: there is no suite {unknown[0]!r}", nearest(unknown[0], kinds.SUITES))
-    run = run_all if options.execute else None
-    suites = [kinds.OwnRecords(run=run) if name == kinds.OwnRecords.name else kinds.SUITES[name]() for name in names]
-    _score(suites, items)
+    evaluation = read_evaluation(folder)
+    if evaluation is None:
+        sys.stderr.write(f"instil: note: {folder} has no {EVALUATION}, which says what was evaluated\n")
+        evaluation = Evaluation()
+    if not items and not evaluation.harness:
+        raise DataError(f"{folder / ITEMS}: is empty", "Evaluate anew.")
+    if evaluation.judge and options.judge_url is None and not (folder / RESULTS).exists():
+        raise UsageError(
+            f"{folder}: the judge, {evaluation.judge}, has not judged all that is there",
+            "Give --judge-url and --judge-model: what it said already is not asked again.",
+        )
+    if options.judge_model is not None:
+        evaluation = replace(evaluation, judge=options.judge_model, criteria=options.criteria or evaluation.criteria)
+    suites = _suites_of(items, options, evaluation.criteria)
+    for suite in suites:
+        of_suite = [item for item in items if item.suite == suite.name]
+        try:
+            suite.score(of_suite)
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{folder / ITEMS}: the items of the suite {suite.name} cannot be scored: {error!r}",
+                "Set back what was changed by hand, or evaluate anew.",
+            ) from error
     write_items(folder, items)
-    _finish(folder, suites, items, before.get("about", {}), before.get("lm_eval", {}))
+    write_evaluation(folder, evaluation)
+    _finish(folder, suites, items, evaluation)
+
+
+def _suites_of(items: Sequence[Item], options: EvaluateOptions, criteria: Sequence[str]) -> list[Suite]:
+    """The suites that items are of."""
+    from instil.evaluation import suites as kinds
+    from instil.evaluation.execute import run_all
+
+    endpoint, run = _endpoint(options), run_all if options.execute else None
+    made: dict[str, Callable[[], Suite]] = {
+        **kinds.SUITES,
+        "records": lambda: kinds.OwnRecords(run=run, endpoint=endpoint, criteria=criteria),
+        "refusals": lambda: kinds.Refusals(endpoint=endpoint),
+        "judge": lambda: kinds.Judged(endpoint=endpoint),
+    }
+    names = dict.fromkeys(item.suite for item in items)
+    if unknown := [name for name in names if name not in made]:
+        raise DataError(f"{options.rescore}: {ITEMS}: there is no suite {unknown[0]!r}", nearest(unknown[0], made))
+    return [made[name]() for name in names]
 
 
 def _about(options: EvaluateOptions, loaded: Loaded, seconds: float) -> dict[str, Any]:
@@ -426,6 +523,9 @@ def _warnings(figures: Sequence[Figure], items: Sequence[Item]) -> list[str]:
     if too_long:
         some = ", ".join(too_long[:5]) + (" and others" if len(too_long) > 5 else "")
         found.append(f"{len(too_long):,} prompts are longer than the model takes, and count as not answered: {some}")
+    cut = sum(any(said.dropped_turns for said in item.said.get("tuned", ())) for item in items)
+    if cut:
+        found.append(f"{cut:,} prompts are without their oldest turns, so that they fit into the model's context")
     for each in figures:
         if each.family:
             continue
@@ -445,21 +545,17 @@ def _page(
     figures: Sequence[Figure],
     suites: Sequence[Suite],
     items: Sequence[Item],
-    about: Mapping[str, Any],
+    evaluation: Evaluation,
     warnings: Sequence[str],
-    trained: str,
-    curve: str,
 ) -> Page:
-    asked = [item for item in items if item.messages]
-    some = asked[:: max(1, len(asked) // _SHOWN)][:_SHOWN]
     return Page(
         title="Evaluation",
         summary=f"{len(items):,} items. Every prompt, answer and score stands in {ITEMS}.",
-        about=about,
+        about=evaluation.about,
         compared=compared(figures, {suite.name: suite.about for suite in suites} | {"lm-eval": _TASKS}),
-        curve=curve,
-        answers=[_side(item) for item in some],
-        trained=trained,
+        curve=_curve(evaluation.about),
+        answers=[_side(item) for item in spaced([item for item in items if item.messages], SHOWN)],
+        trained=evaluation.trained,
         warnings=warnings,
     )
 

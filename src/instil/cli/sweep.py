@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import product
@@ -22,14 +20,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from instil.cli import config as files
 from instil.cli.compare import free
-from instil.cli.evaluate import REPORT, RESULTS, EvaluateOptions, Switch, bars, write_results
+from instil.cli.evaluate import REPORT, RESULTS, EvaluateOptions, Switch, bars, locked, write_results
 from instil.cli.main import reason
 from instil.errors import DataError, InstilError, RowProblem, TrainingError, UsageError, nearest
-from instil.evaluation.items import Item, read_items, write_items
-from instil.evaluation.report import Page, compared, to_html
+from instil.evaluation.items import Evaluation, Item, read_items, spaced, write_evaluation, write_items
+from instil.evaluation.report import SHOWN, Answered, Page, compared, to_html
+from instil.evaluation.statistics import check_installed
 from instil.inference.options import SamplingOptions
 from instil.training.config import TrainConfig
-from instil.training.files import RECORD, lock, write_json
+from instil.training.files import RECORD, write_json
 from instil.training.output import run_state
 
 if TYPE_CHECKING:
@@ -130,13 +129,14 @@ def sweep(*, options: Annotated[SweepOptions | None, Parameter(name="*")] = None
     """
     options = options or SweepOptions()  # which says what is missing
     assert options.output is not None
+    check_installed()
     settings = _settings(options)
     _check_output(options)
     records = _records(options, settings[0].config)
     suite = _suite(options, records)
     asked = suite.items()
     data = _check_data(settings, asked)
-    with _locked(options.output):
+    with locked(options.output):
         _remember(options, settings, {**data, "--eval": records.fingerprint()})
         _Sweep(options, settings, suite, asked).run()
 
@@ -227,7 +227,9 @@ class _Sweep:
             "Training": f"{record['outcome']['seconds']:.0f} seconds",
             "Versions": ", ".join(f"{name} {number}" for name, number in record["versions"].items()),
         }
-        write_results(folder, [self._suite], items, about, {})
+        evaluation = Evaluation(about)
+        write_evaluation(folder, evaluation)
+        write_results(folder, [self._suite], items, evaluation)
         del loaded
         free()
 
@@ -308,8 +310,21 @@ class _Sweep:
             compared=compared(found, {}),
             warnings=warnings,
             bars=(first.name, "the setting itself"),
+            answered=self._answered(),
         )
-        (self._output / REPORT).write_text(to_html(page), encoding="utf-8")
+        (self._output / REPORT).write_text(to_html(page), encoding="utf-8", errors="backslashreplace")
+
+    def _answered(self) -> list[Answered]:
+        """What each setting answers, under the first of its seeds."""
+        of_settings = {name: runs[min(runs)] for name, runs in self._done.items() if runs}
+        return [
+            Answered(
+                self._asked[at].prompt,
+                [(name, items[at].said["tuned"][-1].text) for name, items in of_settings.items()],
+                next(iter(self._asked[at].wanted["references"]), ""),
+            )
+            for at in spaced(range(len(self._asked)), SHOWN)
+        ]
 
 
 def _settings(options: SweepOptions) -> list[Setting]:
@@ -442,25 +457,6 @@ def _check_data(settings: Sequence[Setting], asked: Sequence[Item]) -> dict[str,
         if problems:
             raise DataError(f"{setting.name}: there are records that cannot be asked", problems=problems)
     return fingerprints
-
-
-@contextmanager
-def _locked(output: Path) -> Iterator[None]:
-    """The folder, made where it is missing, with a lock on it."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        number = lock(output)
-    except BlockingIOError as error:
-        raise UsageError(
-            f"--output {output}: another sweep works there", "Wait for it, or name a new folder."
-        ) from error
-    except OSError as error:
-        raise UsageError(f"--output {output}: cannot be written: {error.strerror}", "Name another.") from error
-    try:
-        yield
-    finally:
-        if number is not None:
-            os.close(number)
 
 
 def _remember(options: SweepOptions, settings: Sequence[Setting], data: Mapping[str, str | None]) -> None:

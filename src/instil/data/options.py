@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+ObjectiveName = Literal["supervised", "preference", "pretrain", "dpo", "cdpo", "ipo", "simpo", "orpo", "kto"]
+
 
 def pairs(value: Any) -> Any:
     """`name=value,name=value`, or a JSON object, as a dict; anything else as it is."""
@@ -32,8 +34,10 @@ class DataOptions(BaseModel):
     columns: Annotated[dict[str, str], BeforeValidator(pairs)] = Field(
         default_factory=dict, description="Columns under other names, as instruction=question,output=answer."
     )
-    objective: Literal["supervised", "preference", "pretrain"] | None = Field(
-        default=None, description="What the data is for, where a row can be read in two ways; supervised."
+    objective: ObjectiveName | None = Field(
+        default=None,
+        description="What the data is for, where a row can be read in two ways; supervised. On preferences: dpo, cdpo, "
+        "ipo, simpo, orpo, kto.",
     )
     on_bad_row: Literal["error", "skip"] = Field(
         default="error", description="Bad rows stop before any work, all reported; or are left out and counted."

@@ -20,6 +20,7 @@ from instil.conversation import Record
 from instil.data.files import DataFile, LocalFile, Note, PendingRow, RawRow
 from instil.data.row import Row, described
 from instil.data.shapes import (
+    COMPARING,
     OBJECTIVES,
     SHAPES,
     Objective,
@@ -115,7 +116,8 @@ def read(
             of rows, each a mapping.
         format: The shape of every row; None recognizes each by its columns.
         columns: Columns to rename before anything else: the name a shape knows to the name in the data.
-        objective: What the records are for (`supervised`, `preference`, `pretrain`): decides where a row has two
+        objective: What the records are for (`supervised`, `preference`, `pretrain`; `dpo` and its kin are
+            `preference`): decides where a row has two
             readings.
         on_bad_row: `error` reads to the end and then raises with every bad row, yielding nothing behind the first;
             `skip` leaves bad rows out.
@@ -129,14 +131,18 @@ def read(
         DataError: Data that does not exist, holds no rows, or none of a known shape.
     """
     check_format(format)
-    if objective is not None and objective not in OBJECTIVES:
-        raise UsageError(f"--objective {objective}: there is no such objective of data", nearest(objective, OBJECTIVES))
+    if objective is not None and objective not in (*OBJECTIVES, *COMPARING):
+        raise UsageError(
+            f"--objective {objective}: there is no such objective of data",
+            nearest(objective, (*OBJECTIVES, *COMPARING)),
+        )
+    purpose = cast("Objective | None", "preference" if objective in COMPARING else objective)
     if on_bad_row not in ("error", "skip"):
         raise UsageError(f"--on-bad-row {on_bad_row}: there is no such way", nearest(on_bad_row, ("error", "skip")))
     for name in columns or {}:
         if name not in known_columns():
             raise UsageError(f"--columns {name}=…: no shape has a column {name!r}", nearest(name, known_columns()))
-    plan = _Plan(format, dict(columns or {}), objective)
+    plan = _Plan(format, dict(columns or {}), purpose)
     return Records(find(data), plan, cast(OnBadRow, on_bad_row), _rejects_path(rejects, on_bad_row))
 
 

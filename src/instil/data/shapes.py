@@ -18,6 +18,8 @@ from instil.errors import UsageError, nearest
 
 Objective = Literal["supervised", "preference", "pretrain"]
 OBJECTIVES: tuple[Objective, ...] = ("supervised", "preference", "pretrain")
+COMPARING = ("dpo", "cdpo", "ipo", "simpo", "orpo", "kto")
+"""The ways to train on preferences, for each of which data is read alike."""
 
 
 class Reading(NamedTuple):

@@ -91,6 +91,19 @@ def why_not_isolated() -> str:
     return _isolation()[1]
 
 
+def check_isolation() -> None:
+    """See that this machine can keep a program off its network and among its own processes.
+
+    Raises:
+        UsageError: It cannot.
+    """
+    if why_not := why_not_isolated():
+        raise UsageError(
+            f"programs cannot be kept off the network on this machine: {why_not}",
+            "Run this where user namespaces are allowed, or allow the network (allow_network=True).",
+        )
+
+
 def run(program: Program, limits: Limits | None = None) -> Ran:
     """Run one program, and its tests after it.
 
@@ -108,12 +121,9 @@ def run(program: Program, limits: Limits | None = None) -> Ran:
         UsageError: The machine cannot keep it off the network, and the limits do not allow that.
     """
     limits = limits or Limits()
-    isolated, why_not = _isolation()
-    if why_not and not limits.allow_network:
-        raise UsageError(
-            f"programs cannot be kept off the network on this machine: {why_not}",
-            "Run this where user namespaces are allowed, or allow the network (allow_network=True).",
-        )
+    if not limits.allow_network:
+        check_isolation()
+    isolated, _ = _isolation()
     request = {
         "program.py": program.code,
         "tests.py": program.tests,

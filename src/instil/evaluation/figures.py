@@ -13,6 +13,8 @@ from instil.evaluation.statistics import Comparison, Mean, Share, compare, holm
 Value = bool | float | Sequence[bool] | Sequence[float | None] | None
 Unit = Literal["share", "points", "perplexity", "nats", ""]
 
+_BOTH: tuple[Who, Who] = ("base", "tuned")
+
 
 @dataclass(frozen=True, slots=True)
 class Measure:
@@ -171,7 +173,7 @@ class _Column:
 
 
 def of_harness(found: Mapping[str, Mapping[str, Any]]) -> list[Figure]:
-    """Figures of the tasks of EleutherAI's harness.
+    """Figures of the tasks of EleutherAI's harness: compared where the value of each document is known.
 
     Args:
         found: What `instil.evaluation.lm_eval.run` found, by model: `tuned`, and `base` where there is one.
@@ -180,6 +182,21 @@ def of_harness(found: Mapping[str, Mapping[str, Any]]) -> list[Figure]:
     def mean(values: Mapping[str, Any]) -> Mean:
         value = math.nan if values["value"] is None else values["value"]  # JSON has no other number that is none
         return Mean(value, values["low"], values["high"], values["n"])
+
+    def documents(who: Who, task: str, metric: str) -> Mapping[str, Any]:
+        of_metric: Mapping[str, Any] = found.get(who, {}).get("documents", {}).get(task, {}).get(metric, {})
+        return of_metric
+
+    def paired(task: str, metric: str) -> Comparison | None:
+        base, tuned = (documents(who, task, metric).get("values", {}) for who in _BOTH)
+        both = [each for each in tuned if each in base]
+        if not both:
+            return None
+        columns: list[Any] = [[values[each] for each in both] for values in (base, tuned)]
+        if {*columns[0], *columns[1]} <= {0.0, 1.0}:  # right against wrong
+            columns = [list(map(bool, column)) for column in columns]
+        higher = documents("tuned", task, metric)["higher_is_better"]
+        return compare(*columns, higher_is_better=higher)
 
     base = found["base"]["tasks"] if "base" in found else None
     return [
@@ -190,9 +207,9 @@ def of_harness(found: Mapping[str, Mapping[str, Any]]) -> list[Figure]:
             values["unit"],
             mean(values),
             mean(base[task][metric]) if base is not None else None,
-            None,
+            paired(task, metric),
             {},
-            False,
+            task not in found["tuned"].get("parts", ()),
             {},
         )
         for task, metrics in (found["tuned"]["tasks"] if found else {}).items()

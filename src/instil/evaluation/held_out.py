@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from instil.conversation import Record
 from instil.errors import DataError, RowProblem, UsageError, nearest
 from instil.evaluation import metrics
+from instil.evaluation.items import spaced
 from instil.training.config import TrainConfig
 from instil.training.events import Measure
 
@@ -55,8 +56,8 @@ def measure(config: TrainConfig, rows: Rows) -> Measure:
     check_metric(name)
     records = list(rows.held_out_records())
     references = _references(records, name)
-    count = min(config.eval_metric_rows, len(records))
-    chosen = [number * len(records) // count for number in range(count)]
+    chosen = spaced(range(len(records)), config.eval_metric_rows)
+    count = len(chosen)
     prompts = _prompts([records[number] for number in chosen], config, rows.renderer)
     asked = {chosen[at]: prompt for at, prompt in prompts.items()}
     if not asked:
@@ -64,12 +65,6 @@ def measure(config: TrainConfig, rows: Rows) -> Measure:
     answers = Answers(
         name, [references[at] for at in asked], list(asked.values()), rows.renderer, config.eval_max_new_tokens
     )
-    try:
-        answers.score([""] * len(asked))
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"--eval-metric {name}: needs the package {error.name!r}", "pip install 'instil[evaluate]'"
-        ) from error
     higher = metrics.metric(name).higher_is_better
     left_out = count - len(asked)
     about = f"{name} ({'higher' if higher else 'lower'} is better) of greedy answers to {len(asked):,} of "

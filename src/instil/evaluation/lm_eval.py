@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -330,7 +331,9 @@ def run(
         As plain JSON values: `template`, whether a chat template was used; `tasks`, for each task and group its metrics
         by name, each with `value`, `stderr` (the harness's own standard error; None where it has none), `low` and
         `high` (the ends of the 95 % interval: 1.96 standard errors to both sides, within 0 and 1 for a share; None
-        where the error is 0 or unknown), `n`, the items, and `unit`, `share` or ""; `notes`, what deserves a look.
+        where the error is 0 or unknown), `n`, the items, and `unit`, `share` or ""; `parts`, the tasks that are part of
+        a group; `documents`, for each task and metric whose value is the mean over documents the value of each, and
+        whether a higher one is better; `notes`, what deserves a look.
 
     Raises:
         UsageError: As `load_tasks`, or the model's context is too small for a task.
@@ -361,14 +364,23 @@ def run(
                 chosen,
                 samples=samples,
                 bootstrap_iters=_RESAMPLES,
-                log_samples=False,
+                log_samples=True,
                 apply_chat_template=lm.has_template,
                 fewshot_as_multiturn=lm.has_template,
             )
     finally:
         model.set_attn_implementation(attention)
     measured = {name: _metrics(values) for name, values in {**found["results"], **found.get("groups", {})}.items()}
-    return {"template": lm.has_template, "tasks": measured, "notes": lm.notes()}
+    return {
+        "template": lm.has_template,
+        "tasks": measured,
+        "parts": sorted({name for names in found["group_subtasks"].values() for name in names}),
+        "documents": {
+            name: _documents(samples, found["higher_is_better"][name], measured[name])
+            for name, samples in found["samples"].items()
+        },
+        "notes": lm.notes(),
+    }
 
 
 def sampling_of(given: Mapping[str, Any], task: str) -> SamplingOptions:
@@ -437,7 +449,7 @@ def _metrics(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             continue
         stderr = values.get(f"{name}_stderr,{way}")
         error = float(stderr) if isinstance(stderr, int | float) and math.isfinite(stderr) else None
-        shown = name if way == "none" else f"{name} ({way})"
+        shown = _shown(name, way)
         low, high = _interval(float(value), error, share=name in _SHARES)
         found[shown] = {
             "value": float(value),
@@ -448,6 +460,29 @@ def _metrics(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             "unit": "share" if name in _SHARES else "",
         }
     return found
+
+
+def _shown(metric: str, way: str) -> str:
+    return metric if way == "none" else f"{metric} ({way})"
+
+
+def _documents(
+    samples: Sequence[Mapping[str, Any]], higher: Mapping[str, bool | None], measured: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """The values of documents by metric, where the metric is their mean and it is known which is better."""
+    found: dict[str, dict[str, Any]] = {}
+    for sample in samples:
+        for name in sample["metrics"]:
+            if higher.get(name) is not None and isinstance(sample[name], bool | int | float | np.number):
+                metric = found.setdefault(
+                    _shown(name, sample["filter"]), {"higher_is_better": higher[name], "values": {}}
+                )
+                metric["values"][str(sample["doc_id"])] = float(sample[name])
+    return {
+        name: metric
+        for name, metric in found.items()
+        if name in measured and math.isclose(fmean(metric["values"].values()), measured[name]["value"])
+    }
 
 
 def _interval(value: float, error: float | None, *, share: bool) -> tuple[float, float] | tuple[None, None]:

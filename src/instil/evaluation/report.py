@@ -12,6 +12,8 @@ from typing import Any
 from instil.evaluation.figures import Figure
 from instil.evaluation.statistics import Mean, Share
 
+SHOWN = 40  # answers, on a page
+
 
 @dataclass(frozen=True, slots=True)
 class Bar:
@@ -93,14 +95,16 @@ class Answered:
     Args:
         prompt: What was asked.
         said: Each model, by name, and what it said.
+        reference: What would have been right; "" where nothing is.
     """
 
     prompt: str
     said: Sequence[tuple[str, str]]
+    reference: str = ""
 
     def parts(self, number: int) -> list[tuple[str, bool]]:
         """What a model said, in parts, each with whether the first model said it too; of the first, the second."""
-        return alike(self.said[number][1], self.said[0 if number else 1][1])
+        return alike(self.said[number][1], self.said[0 if number or len(self.said) == 1 else 1][1])
 
 
 def alike(said: str, other: str) -> list[tuple[str, bool]]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from instil.conversation import Record, Source
-from instil.evaluation.figures import Figure, adjusted
+from instil.evaluation.figures import Figure, adjusted, of_harness
 from instil.evaluation.items import TOO_LONG, Item, Said, Who
 from instil.evaluation.suites import Suite, conversation_of
 from instil.prompt import Exchange, PromptOptions, RecordEncoder
@@ -67,23 +67,23 @@ def _ask_once(
     """Have each item answered once more; what is too long for the model's context is answered by nothing."""
     from instil.inference.session import TooLongError
 
-    fitting, conversations = [], []
+    fitting, asked = [], []
     for item in items:
         messages = list(item.messages)
         for said, later in zip(item.said[who], item.later_turns, strict=False):
             messages += [{"role": "assistant", "content": said.text}, *later]
         conversation = conversation_of(messages, item.tools)
         try:
-            chat.prompt(conversation, sampling)
+            asked.append((conversation, chat.prompt(conversation, sampling)))
         except TooLongError:
             item.said[who].append(Said("", TOO_LONG, 0))
             done()
             continue
         fitting.append(item)
-        conversations.append(conversation)
-    for item, reply in zip(fitting, chat.replies(conversations, sampling, lambda _: done()), strict=True):
+    for item, reply in zip(fitting, chat.replies_to(asked, sampling, lambda _: done()), strict=True):
         answer = reply.answers[0]
-        item.said[who].append(Said(answer.message.content, answer.ended, answer.tokens or 0))
+        said = Said(answer.message.content, answer.ended, answer.tokens or 0, reply.dropped_turns)
+        item.said[who].append(said)
 
 
 def _short(sampling: SamplingOptions) -> SamplingOptions:
@@ -91,10 +91,10 @@ def _short(sampling: SamplingOptions) -> SamplingOptions:
     return sampling.model_copy(update={"max_new_tokens": min(16, sampling.max_new_tokens)})
 
 
-def figures(suites: Sequence[Suite], items: Sequence[Item]) -> list[Figure]:
-    """The figures of all suites, from items that are scored."""
+def figures(suites: Sequence[Suite], items: Sequence[Item], harness: Mapping[str, Any] | None = None) -> list[Figure]:
+    """The figures of all suites, from items that are scored; those of the harness's tasks last."""
     found = [each for suite in suites for each in suite.figures([i for i in items if i.suite == suite.name])]
-    return adjusted([each for each in found if each is not None])
+    return adjusted([*(each for each in found if each is not None), *of_harness(harness or {})])
 
 
 def score(suites: Sequence[Suite], items: Sequence[Item]) -> None:

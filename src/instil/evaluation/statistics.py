@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 from instil.errors import UsageError
@@ -290,6 +291,17 @@ def holm(comparisons: Mapping[str, Comparison]) -> dict[str, Comparison]:
     return {
         name: replace(each, adjusted=float(p)) for (name, each), p in zip(comparisons.items(), adjusted, strict=True)
     }
+
+
+def check_installed() -> None:
+    """See that what computes intervals and tests is there, before anything is generated that needs them.
+
+    Raises:
+        UsageError: A package is not installed.
+    """
+    for package in ("scipy", "statsmodels"):
+        if find_spec(package) is None:
+            raise UsageError(f"evaluation needs the package {package!r}", "pip install 'instil[evaluate]'")
 
 
 def _numbers(values: Sequence[float], bounds: tuple[float, float] | None = None) -> NDArray[np.float64]:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from instil.conversation import Conversation, Record
 from instil.errors import DataError, RowProblem, UsageError, nearest
 from instil.evaluation import ifeval, judge, metrics, refusals
-from instil.evaluation.execute import Program, Ran
+from instil.evaluation.execute import Program, Ran, check_isolation
 from instil.evaluation.figures import Figure, Measure, Unit, by_family, figure
 from instil.evaluation.items import Item, Scores, Who
 
@@ -98,14 +98,19 @@ class OwnRecords(Suite):
             problems += _unusable(found, may_run=self._run is not None)
         if problems:
             raise DataError("there are records that cannot be evaluated", problems=problems)
+        _check_scorers(items)
         return items
 
     def score(self, items: Sequence[Item]) -> None:
         """By the metrics of each item; by the judge, where there is one."""
+        if problems := [each for item in items for each in _unusable(item, may_run=True)]:
+            raise DataError("there are items that cannot be scored", problems=problems)
         for who in _whos(items):
             for name in _metrics_of(items):
                 asked = [item for item in items if name in item.wanted["metrics"]]
                 if name == "execute" and self._run is None:  # as it was, then
+                    if any(name not in item.scores[who] for item in asked):
+                        raise UsageError("the programs in the answers were not run yet", "Allow it with --execute.")
                     continue
                 scored = metrics.score(name, [held_against(item, who) for item in asked], self._run)
                 for item, scores in zip(asked, scored, strict=True):
@@ -419,6 +424,9 @@ def _unusable(item: Item, *, may_run: bool) -> Iterator[RowProblem]:
     if _texts(names) is None or not names:
         yield RowProblem(item.id, "metric", f"{names!r} is no name", "name a metric, or a list of them")
         return
+    if not isinstance(item.wanted[_REFERENCES], list) or _texts(item.wanted[_REFERENCES]) is None:
+        yield RowProblem(item.id, _REFERENCES, f"{item.wanted[_REFERENCES]!r} is no list of texts", "give a list")
+        return
     if _texts(labels) is None:
         yield RowProblem(item.id, "labels", f"{labels!r} is no list of texts", "give the labels as a list")
         return
@@ -432,6 +440,25 @@ def _unusable(item: Item, *, may_run: bool) -> Iterator[RowProblem]:
             yield RowProblem(item.id, "metric", "execute runs what the model writes", "allow it with --execute")
         else:
             yield from metrics.problems(name, held_against(item))
+
+
+def _check_scorers(items: Sequence[Item]) -> None:
+    """See that what the metrics need is there, before an answer is generated.
+
+    Raises:
+        UsageError: A package is not installed, or programs cannot be run on this machine.
+    """
+    for name in _metrics_of(items):
+        if name == "execute":
+            check_isolation()
+            continue
+        some = next(item for item in items if name in item.wanted["metrics"])
+        try:
+            metrics.score(name, [held_against(some)])
+        except ModuleNotFoundError as error:
+            raise UsageError(
+                f"the metric {name} needs the package {error.name!r}", "pip install 'instil[evaluate]'"
+            ) from error
 
 
 def _texts(value: Any) -> list[str] | None:

@@ -164,7 +164,7 @@ def forest(prompts: Sequence[Sequence[int]], shared: int) -> tuple[TokenTree, li
         ends[row] = len(ids)
     none = np.empty(0, np.int64)
     laid, depth, end = (np.array(each, np.int64) for each in (ids, depths, ends))
-    return TokenTree(laid, depth, end, none, none, np.empty(0, np.float32), none, none, none, none), paths
+    return TokenTree(laid, depth, end, none, none, np.empty(0, np.float32), none, none, none, none, np.empty(0)), paths
 
 
 def reading_alone(model: nn.Module) -> OneReader:

@@ -190,9 +190,17 @@ class Chat:
         Raises:
             TemplateError, UsageError: As `prompt`.
         """
-        prompts = [self.prompt(each, sampling) for each in conversations]
-        found = self.engine.generate([each.ids for each in prompts], sampling, on_done=on_done)
-        return [self._reply(*each) for each in zip(conversations, prompts, found, strict=True)]
+        return self.replies_to([(each, self.prompt(each, sampling)) for each in conversations], sampling, on_done)
+
+    def replies_to(
+        self,
+        asked: Sequence[tuple[Conversation, Prompt]],
+        sampling: SamplingOptions | None = None,
+        on_done: Callable[[int], object] | None = None,
+    ) -> list[Reply]:
+        """The answers to many conversations with the prompts that `prompt` made of them; as `replies`."""
+        found = self.engine.generate([prompt.ids for _, prompt in asked], sampling, on_done=on_done)
+        return [self._reply(*each, answers) for each, answers in zip(asked, found, strict=True)]
 
     def _reply(self, conversation: Conversation, prompt: Prompt, answers: Sequence[Answer]) -> Reply:
         opening, closing = self._frame

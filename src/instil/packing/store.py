@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from copy import copy
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, overload
@@ -118,11 +119,17 @@ class StoredTrees(Sequence[TokenTree]):
         self.longest: Ids = self._arrays["longest"]
         self.unshared: Ids = self._arrays["unshared"]
         self._starts = {name: _starts(self._arrays[name]) for name in ("sizes", "targets", "exchanges")}
+        self._reference: NDArray[np.float64] = np.full(self._starts["exchanges"][-1], np.nan)
 
     @property
     def lengths(self) -> Ids:
         """(exchanges,) int32: prompt and completion of each exchange together."""
         return self._arrays["lengths"]
+
+    @property
+    def exchanges(self) -> Ids:
+        """(N,) int32: the exchanges of each tree."""
+        return self._arrays["exchanges"]
 
     @property
     def hashes(self) -> NDArray[np.uint64]:
@@ -143,6 +150,16 @@ class StoredTrees(Sequence[TokenTree]):
     def weight(self) -> float:
         """The sum of the weights of all targets."""
         return float(self._arrays["target_weights"].sum(dtype=float))
+
+    def with_reference(self, reference: NDArray[np.float64]) -> StoredTrees:
+        """The same trees, with what a reference model makes of their exchanges.
+
+        Args:
+            reference: (exchanges,) as `TokenTree.exchange_reference`, those of the rows in order.
+        """
+        other = copy(self)
+        other._reference = reference
+        return other
 
     def name(self, index: int) -> str:
         """Where the row of a tree stands, as `file:line`."""
@@ -199,6 +216,7 @@ class StoredTrees(Sequence[TokenTree]):
             arrays["exchange_prompt"][exchanges].astype(np.int64),
             np.repeat(rows, exchange_counts),
             arrays["exchange_label"][exchanges].astype(np.int64),
+            self._reference[exchanges],
         )
 
     def __len__(self) -> int:
@@ -228,6 +246,7 @@ class StoredTrees(Sequence[TokenTree]):
             self._arrays["exchange_prompt"][exchanges],
             np.full(exchanges.stop - exchanges.start, index),
             self._arrays["exchange_label"][exchanges],
+            self._reference[exchanges],
         )
 
 

@@ -18,7 +18,13 @@ from instil.errors import PackingError
 if TYPE_CHECKING:
     from instil.prompt.exchange import Exchange
 
-LABELS = ("", "chosen", "rejected", "good", "bad")
+LABELS = ("", "chosen", "rejected", "good", "bad", "more", "other")
+"""What an exchange is to an objective. `more`: a later turn of the answer that the exchange before it begins. `other`:
+the answer of another row, behind this row's prompt.
+"""
+
+_KINDS: dict[str, type[np.generic]] = {"target_weights": np.float32, "exchange_reference": np.float64}
+"""The arrays of a forest that hold no integers."""
 
 Ints: TypeAlias = NDArray[np.int64]
 Ids: TypeAlias = NDArray[np.int32] | NDArray[np.int64]
@@ -43,6 +49,8 @@ class TokenTree:
         exchange_prompt: (E,) int64, the tokens of the exchange's prompt.
         exchange_record: (E,) int64, the row of data that the exchange comes from.
         exchange_label: (E,) int64, its place in LABELS: what the objective is to make of it.
+        exchange_reference: (E,) float64, the log-probability of its targets, each times its weight, under the model
+            that training is to stay near, in nats; NaN where it is not known.
     """
 
     input_ids: Ints
@@ -55,6 +63,7 @@ class TokenTree:
     exchange_prompt: Ints
     exchange_record: Ints
     exchange_label: Ints
+    exchange_reference: NDArray[np.float64]
 
     @classmethod
     def from_exchanges(cls, exchanges: Sequence[Exchange], *, record: int = 0) -> TokenTree:
@@ -144,11 +153,20 @@ class TokenTree:
             self.exchange_prompt[chosen],
             self.exchange_record[chosen],
             self.exchange_label[chosen],
+            self.exchange_reference[chosen],
         )
 
     def of_record(self, record: int) -> TokenTree:
         """The same tree under another row of data."""
         return replace(self, exchange_record=np.full(self.exchanges, record))
+
+    def with_reference(self, reference: NDArray[np.float64]) -> TokenTree:
+        """The same tree with what a reference model makes of its exchanges.
+
+        Args:
+            reference: (E,), as `exchange_reference`.
+        """
+        return replace(self, exchange_reference=reference)
 
 
 PackedBatch: TypeAlias = TokenTree
@@ -160,7 +178,7 @@ class Expanded(NamedTuple):
 
     Args:
         record: The row of data.
-        label: "", `chosen`, `rejected`, `good` or `bad`.
+        label: One of LABELS.
         prompt_ids: (P,) int64.
         prompt_weights: (P,) float32, 0 where the token is no target.
         completion_ids: (C,) int64.
@@ -244,6 +262,7 @@ def paths(exchanges: Sequence[Exchange], records: Sequence[int]) -> TokenTree:
         np.array([len(exchange.prompt_ids) for exchange in exchanges], np.int64),
         np.array(records, np.int64),
         np.array([LABELS.index(exchange.label) for exchange in exchanges], np.int64),
+        np.full(len(exchanges), np.nan),
     )
 
 
@@ -256,10 +275,7 @@ def concatenate(trees: Sequence[TokenTree]) -> TokenTree:
     targets = [len(tree.target_rows) for tree in trees]
     exchanges = [tree.exchanges for tree in trees]
     joined: dict[str, Any] = {
-        field.name: _join(
-            [getattr(tree, field.name) for tree in trees],
-            np.float32 if field.name == "target_weights" else np.int64,
-        )
+        field.name: _join([getattr(tree, field.name) for tree in trees], _KINDS.get(field.name, np.int64))
         for field in fields(TokenTree)
     }
     joined["subtree_end"] += np.repeat(_starts(sizes), sizes)

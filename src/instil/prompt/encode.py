@@ -113,29 +113,34 @@ class RecordEncoder:
             row.reason = "its answer is labelled bad"
             return row
         conversations, row.reason = _telling(record)
+        parting = _parting([conversation for conversation, _ in conversations])
         try:
             for conversation, label in conversations:
-                row.drafts.append(self._draft_conversation(record, conversation, label))
+                row.drafts.append(self._draft_conversation(record, conversation, label, parting))
         except TemplateError as error:
             row.problems.append(RowProblem(str(record.source), "", self._refusal(record, error), error.remedy))
         if not any(row.drafts) and not row.problems:
             row.reason = row.reason or "every answer has weight 0"
         return row
 
-    def _draft_conversation(self, record: Record, conversation: Conversation, label: str) -> list[_Draft]:
+    def _draft_conversation(self, record: Record, conversation: Conversation, label: str, parting: int) -> list[_Draft]:
         numbers = list(range(len(conversation.messages)))
         if record.kind == "text":
             texts = {0: self.renderer.document(conversation.messages[0])}
         elif record.kind == "prompt":
             texts = {len(numbers): self._text(conversation, len(numbers))}
         else:
-            only_last = self.options.train_on == "last" or record.kind in ("preference", "labelled")
-            turns = _trained_turns(conversation, only_last)
+            compared = record.kind == "preference"
+            only_last = not compared and (self.options.train_on == "last" or record.kind == "labelled")
+            turns = [turn for turn in _trained_turns(conversation, only_last) if not compared or turn >= parting]
             texts = {turn: self._text(conversation, turn) for turn in turns}
-        return [
+        drafts = [
             _Draft(conversation, numbers, turn, label, text, cut_exchange(self.encoder, text))
             for turn, text in texts.items()
         ]
+        for later in drafts[1:] if record.kind == "preference" else ():
+            later.label = "more"
+        return drafts
 
     def _text(self, conversation: Conversation, turn: int) -> TextExchange:
         if turn == len(conversation.messages):
@@ -170,24 +175,23 @@ class RecordEncoder:
 
     def _finish(self, row: _Row) -> EncodedRecord:
         problems = list(row.problems)
-        fitted: list[_Draft] = []
+        answers: list[list[_Draft]] = []
         for drafts in row.drafts if not problems else ():
             seen = {draft.turn for draft in drafts}
+            answers.append([])
             for draft in drafts:
                 try:
-                    fitted.append(self._fitted(draft, seen))
+                    answers[-1].append(self._fitted(draft, seen))
                 except InstilError as error:
                     problems.append(RowProblem(str(row.record.source), "", error.message, error.remedy))
                     continue
-                if fitted[-1].exchange is not None:
-                    seen.update(fitted[-1].numbers[: fitted[-1].turn])
+                if answers[-1][-1].exchange is not None:
+                    seen.update(answers[-1][-1].numbers[: answers[-1][-1].turn])
         if problems:
             return EncodedRecord(row.record, (), "rejected", problems[0].reason, tuple(problems))
-        if row.record.kind == "preference" and {each.label for each in fitted if each.exchange} != {
-            "chosen",
-            "rejected",
-        }:
-            fitted = [replace(draft, exchange=None) for draft in fitted]  # half a pair teaches nothing
+        if row.record.kind == "preference":
+            answers = _compared(answers)
+        fitted = [draft for drafts in answers for draft in drafts]
         exchanges = tuple(draft.exchange for draft in fitted if draft.exchange is not None)
         reasons = dict.fromkeys(filter(None, [row.reason, *(draft.reason for draft in fitted)]))
         status: Status = "dropped" if not exchanges else "cut" if reasons else "kept"
@@ -375,6 +379,40 @@ def _telling(record: Record) -> tuple[list[tuple[Conversation, str]], str]:
         return [], "the rejected answer is empty, or is the chosen one"
     reason = "" if len(telling) == len(rejected) else "a rejected answer is empty, or is the chosen one"
     return [(chosen, label), *telling], reason
+
+
+def _parting(conversations: Sequence[Conversation]) -> int:
+    """The number of messages that all conversations begin with, the last of the shortest one aside."""
+    several = [conversation.messages for conversation in conversations]
+    last = min(map(len, several), default=1) - 1
+    return next((at for at in range(last) if any(one[at] != several[0][at] for one in several)), last)
+
+
+def _compared(answers: list[list[_Draft]]) -> list[list[_Draft]]:
+    """The answers to one prompt, the chosen one first, less those that cannot be compared with it.
+
+    An answer of several turns is compared whole: without one of them it is left out, and without the chosen answer, or
+    any rejected one, all are.
+    """
+
+    def without(drafts: list[_Draft], reason: str = "") -> list[_Draft]:
+        return [replace(draft, exchange=None, reason=draft.reason or reason) for draft in drafts]
+
+    def ids(drafts: list[_Draft]) -> list[tuple[bytes, bytes]]:
+        exchanges = [draft.exchange for draft in drafts if draft.exchange is not None]
+        return [(each.prompt_ids.tobytes(), each.completion_ids.tobytes()) for each in exchanges]
+
+    answers = [drafts if all(draft.exchange for draft in drafts) else without(drafts) for drafts in answers]
+    chosen = ids(answers[0]) if answers else []
+    for at, drafts in enumerate(answers[1:], 1):
+        found = ids(drafts)
+        if chosen and found == chosen:
+            answers[at] = without(drafts, "the tokens of a rejected answer are those of the chosen one")
+        elif chosen and found and found[0][0] != chosen[0][0]:
+            answers[at] = without(drafts, "the prompts of chosen and rejected were not cut alike")
+    if not chosen or not any(map(ids, answers[1:])):
+        return [without(drafts) for drafts in answers]
+    return answers
 
 
 def _is_empty(answer: Message) -> bool:

@@ -26,7 +26,7 @@ class Exchange:
             `compared`: the tokens of the whole begin with those of the prompt. `split`: a token would straddle it,
             so the completion was encoded by itself and the whole decodes to the same text. `none`: there is no
             completion, as in a prompt for evaluation.
-        label: "", `chosen`, `rejected`, `good` or `bad`.
+        label: "", `chosen`, `rejected`, `good` or `bad`; `more` for a later turn of the answer before it.
     """
 
     prompt_text: str

@@ -109,7 +109,11 @@ def model_card(provenance: Mapping[str, Any], name: str, example: Example | None
 
 
 def draw_loss(path: Path, steps: Sequence[Step], evaluations: Sequence[Evaluation]) -> bool:
-    """Draw loss and learning rate over the steps as SVG; False, and no picture, where matplotlib is not installed."""
+    """Draw loss and learning rate over the steps as SVG, below them the metric of the held-out rows, if there is one.
+
+    Returns:
+        False, and no picture, where matplotlib is not installed.
+    """
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -117,13 +121,22 @@ def draw_loss(path: Path, steps: Sequence[Step], evaluations: Sequence[Evaluatio
         return False
     # Text stays text, and the same run gives the same file.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "instil"}):
-        figure = Figure(figsize=(7, 3.5), layout="constrained")
-        axes = figure.add_subplot()
+        measured = [e for e in evaluations if e.value is not None]
+        figure = Figure(figsize=(7, 5 if measured else 3.5), layout="constrained")
+        axes, *below = figure.subplots(
+            1 + bool(measured), sharex=True, squeeze=False, height_ratios=[5, 2] if measured else None
+        )[:, 0]
         axes.plot([s.step for s in steps], [s.loss for s in steps], color="#888888", linewidth=1, label="training")
         if evaluations:
-            points = [e.step for e in evaluations], [e.eval_loss for e in evaluations]
-            axes.plot(*points, color="#c0392b", marker="o", markersize=4, label="held out")
-        axes.set_xlabel("step")
+            losses = [e.step for e in evaluations], [e.eval_loss for e in evaluations]
+            axes.plot(*losses, color="#c0392b", marker="o", markersize=4, label="held out")
+        for metric in below:
+            metric.plot(
+                [e.step for e in measured], [e.value for e in measured], color="#c0392b", marker="o", markersize=4
+            )
+            metric.set_ylabel(f"held-out\n{measured[0].metric}")
+            metric.grid(alpha=0.3)
+        (below or [axes])[-1].set_xlabel("step")
         axes.set_ylabel("loss (nats a token)")
         axes.grid(alpha=0.3)
         if steps or evaluations:

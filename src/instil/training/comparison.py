@@ -85,7 +85,7 @@ def compare(
     """
     rows = list(islice((tree for tree in trees if tree.target_weights.any()), _ROWS))
     batches = pack(rows, tokens_per_batch)
-    before, after = (evaluate(each, batches) for each in (quantized, merged))
+    before, after = (evaluate(each, batches)[0] for each in (quantized, merged))
     answers = []
     for tree in rows:
         asked = next(expand(tree))

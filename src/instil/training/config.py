@@ -9,18 +9,38 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from instil.data.options import DataOptions
+from instil.data.shapes import COMPARING
 from instil.errors import UsageError, nearest
 from instil.model.options import ModelOptions
 from instil.packing.options import PackOptions
 from instil.prompt.options import PromptOptions
-from instil.training.options import OutputOptions, TrackerOptions, TrainOptions
+from instil.training.options import OutputOptions, PreferenceOptions, TrackerOptions, TrainOptions
 
 _OF_LORA = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "rslora", "dora")
+_OF_PREFERENCES = {
+    "beta": COMPARING,
+    "label_smoothing": ("cdpo",),
+    "margin": ("simpo",),
+    "sft_weight": COMPARING,
+    "desirable_weight": ("kto",),
+    "undesirable_weight": ("kto",),
+    "reference": ("dpo", "cdpo", "ipo", "kto"),
+}
+"""The objectives that each setting is for."""
 OF_METRIC = ("eval_metric_rows", "eval_max_new_tokens")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
-class TrainConfig(TrackerOptions, OutputOptions, TrainOptions, ModelOptions, PackOptions, PromptOptions, DataOptions):
+class TrainConfig(
+    TrackerOptions,
+    OutputOptions,
+    PreferenceOptions,
+    TrainOptions,
+    ModelOptions,
+    PackOptions,
+    PromptOptions,
+    DataOptions,
+):
     """A training run, whole: the data, the prompts, the batches, the model, the training, the output.
 
     Raises:
@@ -40,6 +60,11 @@ class TrainConfig(TrackerOptions, OutputOptions, TrainOptions, ModelOptions, Pac
     def _fits_together(self) -> TrainConfig:
         check(self)
         return self
+
+    @property
+    def compares(self) -> bool:
+        """Whether answers are compared: the objective is one of preferences."""
+        return self.objective in COMPARING
 
     def tokenizer_source(self) -> str:
         """Where the tokenizer is: named by itself, or beside the model or the configuration."""
@@ -74,6 +99,44 @@ def check(config: TrainConfig) -> None:
     _check_evaluation(config)
     _check_resume(config)
     _check_shard(config)
+    _check_objective(config)
+
+
+def _check_objective(config: TrainConfig) -> None:
+    if config.objective == "preference":
+        raise UsageError(
+            "--objective preference: says what the data is, not how a model is trained on it",
+            f"Say how: --objective {', '.join(COMPARING)}.",
+        )
+    for name, objectives in _OF_PREFERENCES.items():
+        if config.objective not in objectives and getattr(config, name) != TrainConfig.model_fields[name].default:
+            raise UsageError(
+                f"--{_flag(name)}: is a setting of the objective {', '.join(objectives)}",
+                f"Add --objective {objectives[0]}, or leave it out.",
+            )
+    if not config.compares:
+        return
+    if config.prompt_weight:
+        raise UsageError(
+            f"--prompt-weight {config.prompt_weight:g} and --objective {config.objective} exclude each other: answers "
+            "are compared, and their prompt is the same",
+            "Leave --prompt-weight out.",
+        )
+    if config.eval_metric != "loss":
+        raise UsageError(
+            f"--eval-metric {config.eval_metric} and --objective {config.objective} exclude each other",
+            "Leave --eval-metric out: the loss on held-out pairs decides.",
+        )
+    if config.reference == "adapter-off" and config.adapter != "lora":
+        raise UsageError(
+            "--reference adapter-off: there is no new adapter to switch off",
+            "Add --adapter lora, or leave it out: the reference is then computed before training.",
+        )
+    if config.shard and config.objective == "kto":
+        raise UsageError(
+            "--shard and --objective kto exclude each other: processes would wait for each other",
+            "Leave one of them out.",
+        )
 
 
 def _check_model(config: TrainConfig) -> None:

@@ -41,13 +41,15 @@ class Step:
 
     Args:
         step: Counted from 1.
-        loss: Mean cross-entropy of the trained tokens, weighted, in nats.
+        loss: What the objective makes smaller: with supervised rows the mean cross-entropy of the trained tokens,
+            weighted, in nats.
         learning_rate: What the step was taken with.
         grad_norm: Of the whole gradient, before it was scaled down.
         tokens: The step's tokens, each shared one once.
         trained_tokens: The targets of weight above 0.
         tokens_per_second: `tokens` by the time the step took.
         seconds: Since training began.
+        measures: What the objective measures beside its loss, by name.
     """
 
     step: int
@@ -58,6 +60,7 @@ class Step:
     trained_tokens: int
     tokens_per_second: float
     seconds: float
+    measures: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def taken(self) -> bool:
@@ -71,11 +74,12 @@ class Evaluation:
 
     Args:
         step: The step it was measured after; 0 before the first.
-        eval_loss: Mean cross-entropy of the held-out targets, weighted, in nats.
+        eval_loss: The objective's loss on them, as of one step.
         best: Whether it is the best so far: by the metric, where there is one, else by the loss.
         seconds: Since training began.
         metric: The name of what is measured beside the loss; None for nothing.
         value: Its value.
+        measures: What the objective measures beside its loss, by name.
     """
 
     step: int
@@ -84,6 +88,7 @@ class Evaluation:
     seconds: float
     metric: str | None = None
     value: float | None = None
+    measures: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def decisive(self) -> float:

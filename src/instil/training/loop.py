@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from instil.errors import Interrupted, TrainingError
 from instil.model.forward import TreeModel
 from instil.objectives import supervised
+from instil.objectives.objective import Objective
 from instil.packing import PackedBatch, TokenTree, pack
 from instil.packing.packs import Sharing
 from instil.packing.tree import Ints
@@ -27,7 +28,7 @@ from instil.training.events import Evaluation, Measure, Outcome, Resolved, Step,
 from instil.training.memory import keep_freed_blocks
 from instil.training.optimizer import begun_state, learning_rate, make_optimizers, state_tensors, take_step
 from instil.training.options import TrainOptions
-from instil.training.preflight import check, check_measure, naming, resolve
+from instil.training.preflight import check, check_measure, check_whole, naming, resolve
 from instil.training.steps import Steps
 
 
@@ -47,6 +48,7 @@ def fit(
     resume: Checkpoint | None = None,
     stopping: Callable[[], int] = lambda: 0,
     measure: Measure | None = None,
+    objective: Objective = supervised,
     about: Mapping[str, Any] | None = None,
 ) -> Outcome:
     """Train a model on the rows' trees; it has the best weights afterwards, where they were compared.
@@ -67,6 +69,7 @@ def fit(
         stopping: Asked after each step for the number of a signal upon which to stop; 0 goes on.
         measure: What is measured beside the loss of held-out rows, and decides in its place; it is called
             `options.eval_metric`.
+        objective: What makes a loss of model and batches.
         about: What else the watchers are told of the run before it begins.
 
     Raises:
@@ -79,11 +82,17 @@ def fit(
     steps = Steps.of(
         trees, options.tokens_per_step, tokens_per_batch, share_prefixes, seed, rows, processes=processes.size
     )
-    resolved = resolve(model, steps, options, resume, held_out=bool(len(held_out)), processes=processes)
+    compares = objective is not supervised
+    if compares:
+        check_whole(trees, tokens_per_batch)
+        check_whole(held_out, tokens_per_batch)
+    resolved = resolve(
+        model, steps, options, resume, compares=compares, held_out=bool(len(held_out)), processes=processes
+    )
     _prepare(model, resolved)
     if options.shard and processes.size > 1:
         shard(model, _layers(model), ["losses"])
-    run = _Run(model, resolved, options, watchers, processes, seed, naming(trees))
+    run = _Run(model, resolved, options, objective, watchers, processes, seed, naming(trees))
     evaluations = _Evaluations(run, held_out, options, tokens_per_batch, measure)
     if resume is not None:
         run.restore(resume)
@@ -142,6 +151,7 @@ class _Run:
         model: TreeModel,
         resolved: Resolved,
         options: TrainOptions,
+        objective: Objective,
         watchers: Sequence[Watcher],
         processes: Processes,
         seed: int,
@@ -150,6 +160,7 @@ class _Run:
         self.model = model
         self.resolved = resolved
         self.options = options
+        self.objective = objective
         self.watchers = watchers
         self.processes = processes
         self.seed = seed
@@ -189,19 +200,22 @@ class _Run:
         self.model.model.train()
         torch.manual_seed(_seed(self.seed, number, processes.rank))
         mine = processes.share(batches)
-        weight = processes.total(sum(map(supervised.weight, mine)))[0]  # of the whole step, before its first gradient
+        objective = self._ready(number, mine)
+        weight = processes.total(sum(map(objective.weight, mine)))[0]  # of the whole step, before its first gradient
         if not weight:
             raise TrainingError(f"step {number}: no token has a weight", "Give its rows an answer that is trained.")
-        losses = [self._backward(number, batch, weight) for batch in mine]
+        found = [self._backward(number, objective, batch, weight) for batch in mine]
+        losses = [loss for loss, _ in found]
         processes.sum_gradients(self.parameters)
         limit = self.options.max_grad_norm
         with processes.together():
             norm = float(whole(nn.utils.clip_grad_norm_(self.parameters, math.inf if limit is None else limit)))
         counted = [batch for batch in mine if batch.target_weights.any()]
-        loss, tokens, trained = processes.total(
+        loss, tokens, trained, *sums = processes.total(
             sum(losses),
             sum(batch.size for batch in counted),
             sum(int(np.count_nonzero(batch.target_weights)) for batch in counted),
+            *added([sums for _, sums in found]),
         )
         rate = learning_rate(
             number,
@@ -218,7 +232,8 @@ class _Run:
             self._skip(number, loss, norm, broken or mine)
             self.model.zero_grad(set_to_none=True)
         now = time.perf_counter()
-        step = Step(number, loss, rate, norm, int(tokens), int(trained), tokens / (now - began), now - self.began)
+        speed, measures = tokens / (now - began), objective.measures(sums)
+        step = Step(number, loss, rate, norm, int(tokens), int(trained), speed, now - self.began, measures)
         self.history.append(step)
         for watcher in self.watchers:
             watcher.stepped(step)
@@ -238,12 +253,21 @@ class _Run:
                 "Lower --learning-rate, and go on with --resume from the checkpoint before.",
             )
 
-    def _backward(self, number: int, batch: PackedBatch, weight: float) -> float:
-        """Add a micro-batch's part to the gradients; its part of the loss."""
+    def _ready(self, number: int, batches: Sequence[PackedBatch]) -> Objective:
+        """The objective for the step."""
+        largest = max(batches, key=lambda batch: batch.size)
+        with self.processes.together(), _memory_explained(f"step {number}", largest):
+            return self.objective.ready(self.model, batches, self.processes.total)
+
+    def _backward(
+        self, number: int, objective: Objective, batch: PackedBatch, weight: float
+    ) -> tuple[float, list[float]]:
+        """Add a micro-batch's part to the gradients; its part of the loss, and what is measured of it."""
         with self.processes.together(), _memory_explained(f"step {number}", batch):
-            loss = supervised.loss(self.model, batch) / weight
+            found, sums = objective.loss(self.model, batch)
+            loss = found / weight
             loss.backward()  # type: ignore[no-untyped-call]
-            return float(loss.detach())
+            return float(loss.detach()), sums
 
     def _skip(self, number: int, loss: float, norm: float, batches: Sequence[PackedBatch]) -> None:
         """Stop before the weights are harmed, or go on without the step if that is wished."""
@@ -336,8 +360,9 @@ class _Evaluations:
     def run(self, step: int) -> bool:
         """Measure; whether patience has run out."""
         run = self.whole_run
-        mean, value = evaluate(run.model, self.batches, run.processes), self._value(step)
-        found = Evaluation(step, mean, False, time.perf_counter() - run.began, self.metric, value)
+        mean, measures = evaluate(run.model, self.batches, run.processes, run.objective)
+        value = self._value(step)
+        found = Evaluation(step, mean, False, time.perf_counter() - run.began, self.metric, value, measures)
         found = replace(found, best=self._is_better(found))
         self.found.append(found)
         if found.best:
@@ -409,17 +434,31 @@ class _Evaluations:
 
 
 @torch.no_grad()
-def evaluate(model: TreeModel, batches: Sequence[PackedBatch], processes: Processes | None = None) -> float:
-    """The mean cross-entropy of the batches' targets, weighted, in nats."""
+def evaluate(
+    model: TreeModel,
+    batches: Sequence[PackedBatch],
+    processes: Processes | None = None,
+    objective: Objective = supervised,
+) -> tuple[float, Mapping[str, float]]:
+    """The loss of the batches, as of one step, in nats, and what the objective measures beside it."""
     processes = processes or Processes()
     model.model.eval()
     mine = processes.share(batches)
-    loss = 0.0
+    loss, sums = 0.0, []
+    with processes.together(), _memory_explained("held-out rows"):
+        objective = objective.ready(model, mine, processes.total)
     for batch in mine:
         with processes.together(), _memory_explained("held-out rows", batch):
-            loss += float(supervised.loss(model, batch))
+            part, of_part = objective.loss(model, batch)
+            loss += float(part)
+            sums.append(of_part)
     reshard(model)
-    loss, weight = processes.total(loss, sum(map(supervised.weight, mine)))
+    loss, weight, *summed = processes.total(loss, sum(map(objective.weight, mine)), *added(sums))
     if not weight:
         raise TrainingError("no token of the held-out rows has a weight", "Give rows with an answer that is trained.")
-    return loss / weight
+    return loss / weight, objective.measures(summed)
+
+
+def added(several: Sequence[Sequence[float]]) -> list[float]:
+    """The sums of numbers in the same place."""
+    return [math.fsum(same) for same in zip(*several, strict=True)]

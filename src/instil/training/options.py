@@ -29,7 +29,10 @@ class TrainOptions(BaseModel):
         "steps of hidden matrices are made orthogonal.",
     )
     learning_rate: float | None = Field(
-        default=None, gt=0.0, allow_inf_nan=False, description="At its highest; 2e-5 in full and 2e-4 with LoRA."
+        default=None,
+        gt=0.0,
+        allow_inf_nan=False,
+        description="At its highest; 2e-5 in full and 2e-4 with LoRA, and on preferences a twentieth of that.",
     )
     schedule: Literal["cosine", "linear", "constant"] = Field(
         default="cosine", description="How the learning rate falls after the warm-up: to 0, or not at all."
@@ -78,6 +81,46 @@ class TrainOptions(BaseModel):
     )
     compile: Literal["auto", "on", "off"] = Field(
         default="auto", description="Whether layers are compiled; auto: in runs long enough to gain by it."
+    )
+
+
+class PreferenceOptions(BaseModel):
+    """How answers are compared, where the objective is to prefer some (dpo, cdpo, ipo, simpo, orpo, kto)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    beta: float | None = Field(
+        default=None,
+        gt=0.0,
+        allow_inf_nan=False,
+        description="How far from the reference the model is held; 0.1. A factor of the reward with simpo (2.0), of "
+        "the comparison with orpo (0.1).",
+    )
+    label_smoothing: float | None = Field(
+        default=None, ge=0.0, lt=0.5, description="Part of the pairs taken to be the wrong way round, of cdpo; 0.1."
+    )
+    margin: float | None = Field(
+        default=None,
+        ge=0.0,
+        allow_inf_nan=False,
+        description="By how much the chosen answer's reward is to be ahead, of simpo (its gamma); 1.0.",
+    )
+    sft_weight: float | None = Field(
+        default=None,
+        ge=0.0,
+        allow_inf_nan=False,
+        description="Weight of the supervised loss of chosen answers beside the comparison; 0, with orpo 1.",
+    )
+    desirable_weight: float | None = Field(
+        default=None, ge=0.0, allow_inf_nan=False, description="Weight of good answers, of kto; 1."
+    )
+    undesirable_weight: float | None = Field(
+        default=None, ge=0.0, allow_inf_nan=False, description="Weight of bad answers, of kto; 1."
+    )
+    reference: Literal["computed", "adapter-off"] = Field(
+        default="computed",
+        description="Where the reference's log-probabilities come from: computed once before training, and kept; or "
+        "in each step from the model with its adapter switched off.",
     )
 
 

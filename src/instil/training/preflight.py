@@ -17,10 +17,13 @@ from instil.training.distributed import Processes
 from instil.training.events import Measure, Resolved
 from instil.training.memory import Kept, Load, Memory, estimate
 from instil.training.options import TrainOptions
-from instil.training.steps import Steps, longest_paths
+from instil.training.steps import Steps, longest_paths, sizes
 
 WORTH_COMPILING = {"cpu": 1e15, "cuda": 1e17}
 """Floating-point operations of a run from which compiling its layers, which takes a minute or two, is worth it."""
+
+_COMPARED = 20
+"""By how much the learning rate is smaller where answers are compared: 1e-6 in full, where supervised it is 2e-5."""
 
 
 def check(model: TreeModel, trees: Sequence[TokenTree], rows: Ints | None, *, sharded: bool) -> None:
@@ -101,7 +104,25 @@ def _check_positions(model: TreeModel, trees: Sequence[TokenTree]) -> None:
 
 def naming(trees: Sequence[TokenTree]) -> Callable[[int], str]:
     """What says where the row of a tree stands, by its index."""
-    return trees.name if isinstance(trees, StoredTrees) else lambda index: f"row {index}"
+    own: Callable[[int], str] | None = getattr(trees, "name", None)
+    return own or "row {}".format
+
+
+def check_whole(trees: Sequence[TokenTree], tokens_per_batch: int) -> None:
+    """Refuse rows that do not fit a batch whole: their answers are to be compared.
+
+    Raises:
+        TrainingError: There are such, all of them named.
+    """
+    tokens = sizes(trees)  # (N,)
+    larger = np.flatnonzero(tokens > tokens_per_batch)
+    if len(larger):
+        rows = "".join(f"\n  {naming(trees)(int(at))}: {int(tokens[at]):,} tokens" for at in larger)
+        raise TrainingError(
+            f"the answers of {len(larger):,} {'row' if len(larger) == 1 else 'rows'} do not fit a batch of "
+            f"{tokens_per_batch:,} tokens together, and are to be compared:{rows}",
+            f"Raise --tokens-per-batch to {int(tokens.max()):,}, or lower --max-length.",
+        )
 
 
 def resolve(
@@ -110,6 +131,7 @@ def resolve(
     options: TrainOptions,
     resume: Checkpoint | None = None,
     *,
+    compares: bool = False,
     held_out: bool = False,
     processes: Processes | None = None,
 ) -> Resolved:
@@ -120,6 +142,7 @@ def resolve(
         steps: The steps of an epoch.
         options: How it is trained.
         resume: What the run goes on from.
+        compares: Whether answers are compared, which takes smaller steps.
         held_out: Whether rows are held out, so that the best weights are kept.
         processes: Those that train together, which agree on what fits.
 
@@ -133,7 +156,7 @@ def resolve(
     work = 6 * parameters * count * min(steps.tokens_per_step, steps.tokens)  # multiplications and additions, roughly
     settings = {
         "optimizer": options.optimizer,
-        "learning_rate": options.learning_rate or (2e-4 if lora else 2e-5),
+        "learning_rate": options.learning_rate or (2e-4 if lora else 2e-5) / (_COMPARED if compares else 1),
         "schedule": options.schedule,
         "warmup_steps": round(options.warmup * count),
         "weight_decay": options.weight_decay,

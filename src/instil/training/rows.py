@@ -30,6 +30,7 @@ class Rows:
         trained: (N,) the indices of those that are trained; None for all.
         held_out: The trees of the others, or of `--eval-data`.
         source: The rows that the held-out ones are read from.
+        set_aside: (M,) the indices of the held-out ones among `prepared`; None where they come from `--eval-data`.
         about: What became of them, by name, as plain JSON values.
         described: The files, as `instil.json` names them.
         eval_described: Those of `--eval-data`.
@@ -43,6 +44,7 @@ class Rows:
     about: dict[str, Any]
     described: dict[str, Any]
     eval_described: dict[str, Any] | None = None
+    set_aside: Ints | None = None
 
     @classmethod
     def of(cls, config: TrainConfig, *, rejects: bool) -> Rows:
@@ -70,7 +72,7 @@ class Rows:
         rows, held_out = split(prepared.trees, config.eval_fraction, config.seed)
         about = {**_counts(prepared, "rows"), "held_out": len(held_out)}
         trees = [prepared.trees[i] for i in held_out.tolist()]
-        return cls(renderer, prepared, rows, trees, records, about, described)
+        return cls(renderer, prepared, rows, trees, records, about, described, set_aside=held_out)
 
     def held_out_records(self) -> Iterator[Record]:
         """The held-out rows as they were read; of `--eval-data` all, those without anything to train among them."""
@@ -123,13 +125,39 @@ def _prepared(
             f"{named}: no row has anything to train" + (f" ({why})" if why else ""),
             "See more with `instil inspect --summary`.",
         )
-    unwanted = {LABELS[label] for label in np.unique(prepared.trees.labels).tolist()} & {"rejected", "bad"}
-    if unwanted:
-        raise TrainingError(
-            f"{named}: rows hold {' and '.join(sorted(unwanted))} answers, which supervised training would teach",
-            "Leave those rows out, or map the good answers with --columns.",
-        )
+    _check_labels(config, named, prepared.trees)
     return prepared, describe_data(records), records
+
+
+def _check_labels(config: TrainConfig, named: str, trees: StoredTrees) -> None:
+    """Refuse rows whose answers the objective can make nothing of.
+
+    Raises:
+        TrainingError: There are such.
+    """
+    if not config.compares:
+        unwanted = {LABELS[label] for label in np.unique(trees.labels).tolist()} & {"rejected", "bad"}
+        if unwanted:
+            raise TrainingError(
+                f"{named}: rows hold {' and '.join(sorted(unwanted))} answers, which supervised training would teach",
+                "Train on them with --objective dpo (pairs) or kto (good and bad answers), leave those rows out, or "
+                "map the good answers with --columns.",
+            )
+        return
+    wanted = {"chosen", "rejected", "more"} | ({"good", "bad"} if config.objective == "kto" else set())
+    exchanges: Ints = trees.exchanges.astype(np.int64)
+    firsts = np.cumsum(exchanges) - exchanges  # (N,)
+    strange = np.flatnonzero(~np.isin(trees.labels[firsts], [LABELS.index(each) for each in wanted]))
+    if len(strange):
+        some = ", ".join(trees.name(int(row)) for row in strange[:5]) + (" and others" if len(strange) > 5 else "")
+        judged = "a chosen and a rejected answer" + (
+            ", or one labelled good or bad" if config.objective == "kto" else ""
+        )
+        raise TrainingError(
+            f"{named}: {len(strange):,} of {len(trees):,} rows do not have {judged}, which --objective "
+            f"{config.objective} compares: {some}",
+            "Leave those rows out, map their columns with --columns chosen=…,rejected=…, or train supervised.",
+        )
 
 
 def split(trees: StoredTrees, fraction: float, seed: int) -> tuple[Ints, Ints]:

@@ -6,9 +6,10 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -18,6 +19,10 @@ from instil.model.forward import TreeModel
 from instil.model.load import base_of, check_vocabulary, checkpoint_dtype, load_model, product_dtype
 from instil.model.save import merged, save_model
 from instil.model.tokens import Growth, reserve_tokens
+from instil.objectives import supervised
+from instil.objectives.objective import Objective
+from instil.objectives.preference import Formula, Kto, Preference, with_others
+from instil.packing import TokenTree, cache_folder
 from instil.prompt import Tokenizer, builtin_templates
 from instil.prompt.render import Renderer
 from instil.prompt.tokenizer import load_tokenizer
@@ -29,8 +34,9 @@ from instil.training.distributed import Processes, whole
 from instil.training.events import Measure, Outcome, Resolved, Watcher
 from instil.training.files import plain
 from instil.training.optimizer import check_installed
-from instil.training.options import OutputOptions, TrackerOptions
+from instil.training.options import OutputOptions, PreferenceOptions, TrackerOptions
 from instil.training.output import check_output, describe_run, write_output
+from instil.training.reference import NamedTrees, with_reference
 from instil.training.rows import Rows
 from instil.training.run_folder import CHECKPOINTS, RunFolder
 from instil.training.steps import Steps
@@ -87,6 +93,7 @@ def _train(
     measured = None if measure is None else measure(config, data)
     model, growth = _model(config, data.renderer)
     reader = TreeModel(model, bf16=product_dtype(config.precision) is torch.bfloat16)
+    task = _Task.of(config, reader, data)
     record = describe_run(config, data.renderer, data.prepared, data.described, data.eval_described)
     checkpoints = Checkpoints(
         Path(output).resolve() / CHECKPOINTS,
@@ -99,15 +106,16 @@ def _train(
     told: AbstractContextManager[list[Watcher]] = trackers(config) if folder is not None else nullcontext([])
     with folder or nullcontext(), told as tracking:
         processes.wait()  # until the folder is locked
+        task = task.with_reference(config, reader, data, processes)
         resume = _to_resume(checkpoints, config, processes)
         if folder is not None and resume is not None:
             folder.goes_on_from(resume)
         outcome = loop.fit(
             reader,
-            data.prepared.trees,
+            task.trees,
             config,
             rows=data.trained,
-            held_out=data.held_out,
+            held_out=task.held_out,
             tokens_per_batch=config.tokens_per_batch,
             share_prefixes=config.share_prefixes,
             seed=config.seed,
@@ -117,7 +125,8 @@ def _train(
             resume=resume,
             stopping=stopping,
             measure=measured,
-            about=_about(data, measured),
+            objective=task.objective,
+            about=_about(data, measured, task),
         )
         if config.shard and processes.size > 1:
             model = _put_together(reader, config, data.renderer, processes)
@@ -149,9 +158,82 @@ def _train(
         return replace(outcome, notes=ended["notes"])
 
 
-def _about(data: Rows, measure: Measure | None) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """What a run's rows are to teach, and the trees of those rows.
+
+    Args:
+        objective: What makes a loss of them.
+        trees: One for each row.
+        held_out: Those of the rows held out.
+        about: What a person should know of it, by name.
+    """
+
+    objective: Objective
+    trees: Sequence[TokenTree]
+    held_out: Sequence[TokenTree]
+    about: dict[str, Any]
+
+    @classmethod
+    def of(cls, config: TrainConfig, model: TreeModel, data: Rows) -> _Task:
+        """As configured, but for what a reference makes of the rows."""
+        objective = objective_of(config)
+        if not isinstance(objective, Preference | Kto):
+            return cls(objective, data.prepared.trees, data.held_out, {})
+        trees: Sequence[TokenTree] = data.prepared.trees
+        held_out, about = data.held_out, {"objective": objective.describe()}
+        if isinstance(objective, Kto):
+            trees, alone = _beside_others(trees, config, model)
+            held_out = _set_aside(trees, data) or _beside_others(held_out, config, model)[0]
+            if alone:
+                about["kl"] = f"estimated without {alone:,} rows, which no answer of another row fits"
+        preflight.check_whole(trees, config.tokens_per_batch)
+        preflight.check_whole(held_out, config.tokens_per_batch)
+        return cls(objective, trees, held_out, about)
+
+    def with_reference(self, config: TrainConfig, model: TreeModel, data: Rows, processes: Processes) -> _Task:
+        """With what the model, as it is now, makes of the rows, where that is needed."""
+        if config.reference != "computed" or not getattr(self.objective, "needs_reference", False):
+            return self
+        compute = partial(
+            with_reference,
+            model,
+            tokens_per_batch=config.tokens_per_batch,
+            cache=cache_folder(config.cache_dir) if config.cache else None,
+            processes=processes,
+        )
+        trees, said = compute(self.trees)
+        about = {**self.about, "reference": said}
+        held_out = _set_aside(trees, data) or self.held_out
+        if held_out is self.held_out and len(held_out):
+            held_out, about["held_out_reference"] = compute(held_out)
+        return _Task(self.objective, trees, held_out, about)
+
+
+def _beside_others(
+    trees: Sequence[TokenTree], config: TrainConfig, model: TreeModel
+) -> tuple[Sequence[TokenTree], int]:
+    found, alone = with_others(trees, config.seed, most=config.tokens_per_batch, longest=model.learned_positions)
+    return NamedTrees(found, trees), alone
+
+
+def _set_aside(trees: Sequence[TokenTree], data: Rows) -> Sequence[TokenTree] | None:
+    """The trees of the rows that are held out of those that are trained; None where others are, or none."""
+    return None if data.set_aside is None else [trees[row] for row in data.set_aside.tolist()]
+
+
+def objective_of(config: TrainConfig) -> Objective:
+    """What makes a loss, as configured: its own defaults where nothing is said."""
+    chosen = {name: value for name in PreferenceOptions.model_fields if (value := getattr(config, name)) is not None}
+    del chosen["reference"]
+    if not config.compares:
+        return supervised
+    return Kto(**chosen) if config.objective == "kto" else Preference.of(cast(Formula, config.objective), **chosen)
+
+
+def _about(data: Rows, measure: Measure | None, task: _Task) -> dict[str, Any]:
     """What became of the rows, and what is measured on those held out."""
-    return {**data.about, **({"eval_metric": measure.about} if measure else {})}
+    return {**data.about, **task.about, **({"eval_metric": measure.about} if measure else {})}
 
 
 def _to_resume(checkpoints: Checkpoints, config: TrainConfig, processes: Processes) -> Checkpoint | None:
@@ -256,10 +338,11 @@ def resolve(config: TrainConfig, measure: Measuring | None = None) -> Resolved:
     measured = None if measure is None else measure(config, data)
     model, _ = _model(config, data.renderer)
     reader = TreeModel(model, bf16=product_dtype(config.precision) is torch.bfloat16)
+    task = _Task.of(config, reader, data)
     options = config.tokens_per_step, config.tokens_per_batch, config.share_prefixes, config.seed
-    steps = Steps.of(data.prepared.trees, *options, data.trained)
-    resolved = preflight.resolve(reader, steps, config, held_out=bool(len(data.held_out)))
-    return replace(resolved, settings={**_about(data, measured), **resolved.settings})
+    steps = Steps.of(task.trees, *options, data.trained)
+    resolved = preflight.resolve(reader, steps, config, compares=config.compares, held_out=bool(len(data.held_out)))
+    return replace(resolved, settings={**_about(data, measured, task), **resolved.settings})
 
 
 def _model(

@@ -104,9 +104,9 @@ class Steps:
         """The most tokens of a micro-batch of a step, so that each process has about as much to do."""
         if self.processes == 1:
             return self.tokens_per_batch
-        tokens, longest = int(_unshared(self.trees)[rows].sum()), int(longest_paths(self.trees)[rows].max())
+        tokens, largest = int(_unshared(self.trees)[rows].sum()), int(sizes(self.trees)[rows].max())
         batches = self.processes * -(-tokens // (self.processes * self.tokens_per_batch))
-        return min(self.tokens_per_batch, max(longest, tokens // batches + tokens // batches // 32))
+        return min(self.tokens_per_batch, max(largest, tokens // batches + tokens // batches // 32))
 
 
 def _order(trees: Sequence[TokenTree], tokens_per_step: int, seed: int, epoch: int, records: Ints | None) -> Ints:
@@ -124,6 +124,12 @@ def longest_paths(trees: Sequence[TokenTree]) -> Ints:
     """(N,) the longest path of each tree."""
     stored: Ints | None = getattr(trees, "longest", None)
     return np.array([tree.longest for tree in trees], np.int64) if stored is None else stored
+
+
+def sizes(trees: Sequence[TokenTree]) -> Ints:
+    """(N,) the tokens of each tree."""
+    stored: Ints | None = getattr(trees, "sizes", None)
+    return np.array([tree.size for tree in trees], np.int64) if stored is None else stored
 
 
 def _unshared(trees: Sequence[TokenTree]) -> Ints:

@@ -5,15 +5,13 @@ Source: Zhou et al., 2023, "Instruction-Following Evaluation for Large Language 
 
 from instil.evaluation.ifeval.language import ensure_ready
 from instil.evaluation.ifeval.prompts import IfevalPrompt, Instruction, read_prompts
-from instil.evaluation.ifeval.scores import Followed, FourNumbers, followed, four_numbers
+from instil.evaluation.ifeval.scores import Followed, followed
 
 __all__ = [
     "Followed",
-    "FourNumbers",
     "IfevalPrompt",
     "Instruction",
     "ensure_ready",
     "followed",
-    "four_numbers",
     "read_prompts",
 ]

@@ -2,21 +2,20 @@
 
 from instil.evaluation.judge.endpoint import Budget, Endpoint, Reply
 from instil.evaluation.judge.prompts import CRITERIA
-from instil.evaluation.judge.questions import Question, read_answers, read_questions
+from instil.evaluation.judge.questions import Question, read_questions
 from instil.evaluation.judge.verdicts import (
     Item,
     Mean,
     Pair,
     Score,
     Scores,
-    answer_questions,
     choice,
     judge_criteria,
     judge_pairs,
     judge_single,
     rating,
 )
-from instil.evaluation.judge.winrates import WinRate, length_controlled, win_rates, win_rates_per
+from instil.evaluation.judge.winrates import WinRate, length_controlled, win_rates
 
 __all__ = [
     "CRITERIA",
@@ -30,15 +29,12 @@ __all__ = [
     "Score",
     "Scores",
     "WinRate",
-    "answer_questions",
     "choice",
     "judge_criteria",
     "judge_pairs",
     "judge_single",
     "length_controlled",
     "rating",
-    "read_answers",
     "read_questions",
     "win_rates",
-    "win_rates_per",
 ]

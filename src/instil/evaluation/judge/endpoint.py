@@ -131,6 +131,14 @@ class Endpoint:
         if taken := sorted({"model", "messages", "n", "stream"} & set(self.extra)):
             raise UsageError(f"extra holds {taken[0]!r}, which is not for the caller to set", "Leave it out.")
 
+    def check(self) -> None:
+        """See that there is a key, and what sends requests. Nothing is asked.
+
+        Raises:
+            UsageError: There is not.
+        """
+        self._client().close()
+
     def complete(self, messages: Messages) -> Reply:
         """The reply to one conversation; raises as `complete_all` does."""
         return self.complete_all([messages])[0]

@@ -45,8 +45,9 @@ def read_questions(path: str | Path, references: str | Path | None = None) -> li
 
     Args:
         path: Rows of `question_id`, `category`, `turns` (a list of texts) and, if they like, `reference` (as many).
-        references: A file of answers, as `read_answers` takes it, that are right; it goes before `reference`. It may
-            hold answers to other questions too.
+        references: A file of right answers, which go before `reference`: rows of `question_id` and the answers, one for
+            each turn, in `turns` or, as MT-Bench publishes them, in `choices`, a list of one object that holds `turns`.
+            An answer may be empty. It may hold answers to other questions too.
 
     Raises:
         DataError: A file cannot be read, or rows of it, of which it names all.
@@ -68,19 +69,6 @@ def read_questions(path: str | Path, references: str | Path | None = None) -> li
         Question(each.id, each.category, each.turns, found[each.id].turns if each.id in found else each.references)
         for each in questions
     ]
-
-
-def read_answers(path: str | Path) -> dict[str, tuple[str, ...]]:
-    """The answers of a model by the id of the question.
-
-    Args:
-        path: Rows of `question_id` and the answers, one for each turn, in `turns` or, as MT-Bench publishes them, in
-            `choices`, a list of one object that holds `turns`. An answer may be empty.
-
-    Raises:
-        DataError: The file cannot be read, or rows of it, of which it names all.
-    """
-    return {answer.id: answer.turns for answer in _read(path)}
 
 
 def check_answers(questions: Sequence[Question], answers: Answers, whose: str = "the model") -> None:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from instil.errors import UsageError
 from instil.evaluation.judge import prompts
 from instil.evaluation.judge.endpoint import Endpoint
 from instil.evaluation.judge.questions import Answers, Question, check_answers
@@ -143,26 +142,6 @@ class Pair:
         return self.as_first if self.as_first == self.as_second else "tie"
 
 
-def answer_questions(questions: Sequence[Question], endpoint: Endpoint) -> dict[str, tuple[str, ...]]:
-    """Have the model behind an endpoint answer, each turn after its own answers to those before.
-
-    Raises:
-        UsageError: As `Endpoint.complete_all`; or an answer was cut short at `max_tokens`.
-    """
-    answers: dict[str, tuple[str, ...]] = {question.id: () for question in questions}
-    cut = []
-    for turn in range(max((len(question.turns) for question in questions), default=0)):
-        asked = [question for question in questions if len(question.turns) > turn]
-        replies = endpoint.complete_all([_so_far(each.turns, answers[each.id]) for each in asked])
-        for question, reply in zip(asked, replies, strict=True):
-            answers[question.id] += (reply.text,)
-            cut += [question.id] if reply.finish == "length" else []
-    if cut:
-        some = ", ".join(cut[:20]) + (" and others" if len(cut) > 20 else "")
-        raise UsageError(f"{len(cut)} answers were cut short at max_tokens: those to {some}", "Give more max_tokens.")
-    return answers
-
-
 def judge_single(questions: Sequence[Question], answers: Answers, endpoint: Endpoint) -> Scores:
     """A rating of each answer from 1 to 10, by itself (Zheng et al. 2023); a later turn with all that came before.
 
@@ -243,14 +222,6 @@ def judge_criteria(
 
 def _turns(questions: Sequence[Question]) -> list[tuple[Question, int]]:
     return [(question, turn) for question in questions for turn in range(1, len(question.turns) + 1)]
-
-
-def _so_far(turns: Sequence[str], answers: Sequence[str]) -> list[prompts.Message]:
-    """The conversation up to the turn that is to be answered."""
-    said = [{"role": "user", "content": turns[0]}]
-    for answer, turn in zip(answers, turns[1:], strict=False):
-        said += [{"role": "assistant", "content": answer}, {"role": "user", "content": turn}]
-    return said
 
 
 def _outcome(said: str, ours: Literal["A", "B"]) -> Outcome | None:

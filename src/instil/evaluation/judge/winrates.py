@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from instil.evaluation.judge.verdicts import Pair
 
@@ -59,12 +59,6 @@ def win_rates(pairs: Sequence[Pair]) -> WinRate:
         length_controlled=adjusted,
         regularized=regularized,
     )
-
-
-def win_rates_per(pairs: Sequence[Pair], what: Literal["category", "turn"]) -> dict[str | int, WinRate]:
-    """The win rate over the pairs of each category or turn, in the order they come."""
-    values = dict.fromkeys(getattr(pair, what) for pair in pairs)
-    return {value: win_rates([pair for pair in pairs if getattr(pair, what) == value]) for value in values}
 
 
 def length_controlled(worth: Sequence[float], longer: Sequence[float]) -> tuple[float, bool]:
