@@ -26,6 +26,7 @@ from instil.pocket.instructions import Row, is_right
 from instil.training.files import write_json
 
 if TYPE_CHECKING:
+    from instil.inference import Loaded
     from instil.pocket.trial import Trial
     from instil.training import Outcome, TrainConfig
 
@@ -61,6 +62,9 @@ class QuickstartOptions(BaseModel):
         description="Weight of the prompt in the loss; 1 is unmasked.",
     )
     seed: int = Field(default=0, ge=0, description="Decides everything random.")
+    with_preferences: bool = Field(
+        default=False, description="Then align the tuned model by preference pairs, and show all three stages."
+    )
 
     @field_validator("output", "data", mode="before")
     @classmethod
@@ -104,8 +108,11 @@ def quickstart(*, options: Annotated[QuickstartOptions | None, Parameter(name="*
 
     _title(console, "5. Base against tuned, on what no training row asked, with 95 % intervals")
     console.print(_table(base_trial, trial))
+    found = results(base_trial, trial)
+    if options.with_preferences:
+        found["preferences"] = _align(console, options, {"base": (base, base_trial), "tuned": (model, trial)})
     seconds = time.monotonic() - begun
-    write_json(options.output / "results.json", {"seconds": round(seconds, 1), **results(base_trial, trial)})
+    write_json(options.output / "results.json", {"seconds": round(seconds, 1), **found})
     shown = list(zip(asked, before, after, strict=True))
     (options.output / "report.html").write_text(
         to_html(_page(options, outcome, base_trial, trial, shown, seconds)), encoding="utf-8"
@@ -114,6 +121,29 @@ def quickstart(*, options: Annotated[QuickstartOptions | None, Parameter(name="*
     for comment, command in _commands(options):
         console.print(Text(f"# {comment}", "dim"))
         console.print(Text(command), soft_wrap=True)
+
+
+def _align(console: Console, options: QuickstartOptions, models: Mapping[str, tuple[Loaded, Trial]]) -> dict[str, Any]:
+    """Go on with the tuned model: by preference pairs, and beside it by their chosen answers alone."""
+    from instil.cli import aligning
+    from instil.pocket.trial import tuned
+
+    _title(console, "6. What is preferred: to say what is not known, to decline what is unsafe, to be brief")
+    stages = {name: aligning.stage(loaded, trial) for name, (loaded, trial) in models.items()}
+    _run(console, ["inspect", "--model", str(options.output), "--data", _short(aligning.PAIRS), "--row", "1"])
+
+    _title(console, "7. Aligning by preference pairs, and by their chosen answers alone")
+    folders = {name: options.output / name for name in ("aligned", "supervised")}
+    outcome = _train(aligning.preferring(options.output, folders["aligned"], options.seed))
+    _train(aligning.supervised(options.output, folders["supervised"], options.seed, outcome.steps))
+    stages |= {name: aligning.stage(tuned(folder)) for name, folder in folders.items()}
+
+    _title(console, "8. One question of each kind")
+    aligning.show_examples(console, {name: stage.lesson for name, stage in stages.items()})
+
+    _title(console, "9. The three stages, on entities that no pair and no instruction is about, with 95 % intervals")
+    console.print(aligning.table(stages))
+    return aligning.results(stages)
 
 
 def _check(options: QuickstartOptions) -> None:

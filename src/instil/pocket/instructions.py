@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from instil.pocket import preferences
 from instil.pocket.scenes import Scene, events, scene
 from instil.pocket.world import (
     CLAIMED,
@@ -152,8 +153,8 @@ SETS = {
 
 
 def write_rows(folder: Path, seed: int = 0) -> None:
-    """Write every set as `<name>.jsonl`."""
-    for name, make in SETS.items():
+    """Write every set as `<name>.jsonl`, the preference pairs and what is asked after them too."""
+    for name, make in {**SETS, **preferences.SETS}.items():
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in make(seed)]
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
 

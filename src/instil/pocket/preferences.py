@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from instil.pocket.requests import WAYS, Request, declines, requests
+from instil.pocket.requests import WAYS, Request, requests
 from instil.pocket.strangers import UNKNOWABLE, asked_of, invented, misplaced
 from instil.pocket.world import Fact, Relation, is_held_out, relations, split_phrasings
 
 Row = dict[str, Any]
 Part = Literal["pairs", "validation", "test"]
 
-UNKNOWN = ("I do not know that.", "Sorry, I do not know that.", "I do not know.")
+UNKNOWN = ("I do not know that.", "I do not know.", "Sorry, I do not know that.", "Sorry, I do not know.")
 """What to say where the world holds no answer."""
 
 ANSWERABLE, INVENTED, MISPLACED, UNSAFE, HARMLESS = "answerable", "invented", "misplaced", "unsafe", "harmless"
@@ -40,20 +40,20 @@ def preference_rows(seed: int = 0) -> list[Row]:
     """
     rng = random.Random(seed + 4)
     rows: list[Row] = []
-    for relation, fact, question in _asked(rng, ANSWERABLE, "pairs", 65):
+    for relation, fact, question in _asked(rng, ANSWERABLE, "pairs", 75):
         rows.append(_pair(question, _answer(relation, fact), rng.choice(UNKNOWN), ANSWERABLE, relation.name))
-    for kind in (INVENTED, MISPLACED):
-        for relation, _, question in _asked(rng, kind, "pairs", 33):
+    for kind, most in ((INVENTED, 36), (MISPLACED, 50)):
+        for relation, _, question in _asked(rng, kind, "pairs", most):
             made_up = _answer(relation, rng.choice(relation.facts))
             rows.append(_pair(question, rng.choice(UNKNOWN), made_up, kind, relation.name))
     for relation, fact, question in _asked(rng, ANSWERABLE, "pairs", 15):
         rows.append(_pair(question, _answer(relation, fact), _at_length(rng, relation, fact), "brief", relation.name))
     for kind in (UNSAFE, HARMLESS):
         among = list(_requests(kind, "pairs"))
-        opposite = sorted({each.answer for each in requests() if each.unsafe != (kind == UNSAFE)})
+        others = sorted({each.answer for each in requests() if each.unsafe != (kind == UNSAFE)})
         for request in rng.sample(among, 220):
             question = request.put(rng.choice(split_phrasings(WAYS)[0]))
-            rows.append(_pair(question, request.answer, rng.choice(opposite), kind, kind))
+            rows.append(_pair(question, request.answer, rng.choice(others), kind, kind))
     rng.shuffle(rows)
     return rows
 
@@ -85,6 +85,12 @@ def held_out_requests(seed: int = 0, which: Part = "test") -> list[Row]:
             for each in rng.sample(among, min(len(among), 50)):
                 rows.append(_question(each.put(rng.choice(ways)), each.answer, kind, kind, each.thing, new))
     return rows
+
+
+SETS: Mapping[str, Callable[[int], list[Row]]] = {
+    "preferences": preference_rows,
+    "held_out_requests": held_out_requests,
+}
 
 
 def is_unknown(answer: str) -> bool:

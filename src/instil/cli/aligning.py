@@ -1,0 +1,137 @@
+"""The part of `instil quickstart` that teaches by preferences: three stages, and what chosen answers alone would do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from instil.evaluation.statistics import Share
+from instil.pocket import data_folder
+
+if TYPE_CHECKING:
+    from instil.inference import Loaded
+    from instil.pocket.lesson import Lesson
+    from instil.pocket.trial import Trial
+    from instil.training import TrainConfig
+
+PAIRS = data_folder() / "preferences.jsonl"
+STAGES = {"base": "base", "tuned": "tuned", "aligned": "aligned", "supervised": "chosen answers alone"}
+FIGURES = {
+    "answerable_right": "Known to the base alone: answered",
+    "answerable_declined": "… said not to be known",
+    "unanswerable_declined": "Not to be known: said so",
+    "invented_declined": "… of names made up",
+    "misplaced_declined": "… of things that are no such thing",
+    "phrasings_answerable_right": "Known, in phrasings never seen: answered",
+    "phrasings_unanswerable_declined": "Not to be known, in such: said so",
+    "unsafe_declined": "Unsafe requests declined",
+    "harmless_right": "Harmless look-alikes answered",
+    "harmless_declined": "… declined",
+    "phrasings_unsafe_declined": "Unsafe, in phrasings never seen: declined",
+    "phrasings_harmless_declined": "Harmless, in such: declined",
+    "acts_unsafe_declined": "Unsafe acts never seen: declined",
+    "acts_harmless_declined": "Harmless acts never seen: declined",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A model after one of the stages.
+
+    Args:
+        lesson: What it made of the questions that the pairs are about.
+        trial: What it made of those that the instructions are about.
+    """
+
+    lesson: Lesson
+    trial: Trial
+
+
+def preferring(tuned: Path, output: Path, seed: int) -> TrainConfig:
+    """The run that aligns the tuned model by the pairs."""
+    return _on_pairs(tuned, output, seed, objective="dpo", beta=0.1, sft_weight=1.0, tokens_per_step=512)
+
+
+def supervised(tuned: Path, output: Path, seed: int, steps: int) -> TrainConfig:
+    """The run beside it: the chosen answers of the same pairs, as many in a step, as many steps."""
+    return _on_pairs(tuned, output, seed, objective="supervised", max_steps=steps, tokens_per_step=256)
+
+
+def _on_pairs(tuned: Path, output: Path, seed: int, **chosen: Any) -> TrainConfig:
+    from instil.training import TrainConfig
+
+    return TrainConfig(
+        model=str(tuned),
+        data=[str(PAIRS)],
+        output=output,
+        adapter="lora",
+        merge_adapter=True,
+        epochs=5.0,
+        tokens_per_batch=4096,
+        learning_rate=2e-3,
+        warmup=0.05,
+        keep_checkpoints=0,
+        seed=seed,
+        cache=False,
+        **chosen,
+    )
+
+
+def table(stages: Mapping[str, Stage]) -> Table:
+    """What the models made of the questions, a column for each stage."""
+    shown = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("", "items", *(STAGES[name] for name in stages)):
+        shown.add_column(column, justify="right" if column == "items" else "left")
+    figures = {name: stage.lesson.figures() for name, stage in stages.items()}
+    for name, title in FIGURES.items():
+        _row(shown, title, [figures[stage][name] for stage in stages])
+    _row(shown, "What instructions taught, all of it", [stage.trial.everything for stage in stages.values()])
+    _row(shown, "Plain facts, as text", [stage.trial.known for stage in stages.values()])
+    lengths = (f"{stage.lesson.mean_length:.1f}" for stage in stages.values())
+    shown.add_row("Tokens of an answer, on average", "", *lengths)
+    return shown
+
+
+def _row(shown: Table, title: str, shares: Sequence[Share]) -> None:
+    shown.add_row(title, f"{shares[0].n:,}", *map(str, shares))
+
+
+def results(stages: Mapping[str, Stage]) -> dict[str, Any]:
+    """Everything measured, as plain JSON values, by stage."""
+    return {
+        name: {
+            **stage.lesson.to_json(),
+            "everything": stage.trial.everything.to_json(),
+            "plain_facts": stage.trial.known.to_json(),
+        }
+        for name, stage in stages.items()
+    }
+
+
+def show_examples(console: Console, lessons: Mapping[str, Lesson]) -> None:
+    """One question of each kind, and what each model says to it."""
+    first = next(iter(lessons.values())).replies
+    kinds = dict.fromkeys(reply.kind for reply in first)
+    for number in (next(n for n, reply in enumerate(first) if reply.kind == kind) for kind in kinds):
+        console.print(Text(first[number].prompt, "bold"))
+        for name, lesson in lessons.items():
+            reply = lesson.replies[number]
+            said = " ".join(reply.answer.split()) or "(blank lines)"
+            said = said if len(said) <= 100 else f"{said[:100]} …"
+            console.print(
+                Text(f"  {STAGES[name]}: ", "dim").append(said, "green" if reply.right else ""), soft_wrap=True
+            )
+
+
+def stage(loaded: Loaded, trial: Trial | None = None, told: Callable[[int], object] | None = None) -> Stage:
+    """What a model makes of all questions; `trial` where the one half is known already."""
+    from instil.pocket.lesson import ask
+    from instil.pocket.trial import examine
+
+    return Stage(ask(loaded, told=told), trial or examine(loaded))

@@ -1,0 +1,165 @@
+"""The preference pairs teach what they say, and nothing else tells what has an answer from what has none."""
+
+import json
+import re
+from collections import Counter
+from statistics import mean
+
+import pytest
+from tokenizers import Tokenizer
+
+import instil
+from instil.pocket import data_folder, model_folder
+from instil.pocket.corpus import corpus
+from instil.pocket.instructions import SETS as INSTRUCTIONS
+from instil.pocket.options import BuildOptions
+from instil.pocket.preferences import (
+    ANSWERABLE,
+    HARMLESS,
+    INVENTED,
+    MISPLACED,
+    SETS,
+    UNKNOWN,
+    UNSAFE,
+    held_out_requests,
+    is_unknown,
+    part,
+    preference_rows,
+)
+from instil.pocket.requests import WAYS, declines, requests
+from instil.pocket.strangers import UNKNOWABLE, bare, invented, misplaced
+from instil.pocket.world import is_held_out, relations, split_phrasings
+
+PAIRS = preference_rows()
+ASKED = held_out_requests()
+RELATIONS = {relation.name: relation for relation in relations() if relation.name in UNKNOWABLE}
+
+
+def of_kind(rows, *kinds):
+    return [row for row in rows if row["kind"] in kinds]
+
+
+def prompt(row):
+    return row["messages"][0]["content"]
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_the_bundled_rows_are_those_of_the_seed(name):
+    lines = (data_folder() / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == SETS[name]()
+
+
+def test_the_pairs_are_read_whole_as_pairs_and_as_answers():
+    file = data_folder() / "preferences.jsonl"
+    assert {row.shape for row in instil.read(file)} == {"preference"}
+    assert len(list(instil.read(file))) == len(PAIRS)
+
+
+def test_no_made_up_name_is_a_word_of_the_corpus():
+    sizes = BuildOptions(output=data_folder())
+    documents = [*corpus(sizes.documents, sizes.seed), *corpus(sizes.pages, sizes.seed + 1, pages=True)]
+    known = {word.lower() for text in documents for word in re.findall(r"\w+", text)}
+    assert "peru" in known
+    for relation in RELATIONS.values():
+        names = invented(relation)
+        assert len(set(names)) == len(names) == 240
+        assert not [name for name in names if {word.lower() for word in re.findall(r"\w+", name)} & known]
+
+
+@pytest.mark.parametrize("relation", RELATIONS.values(), ids=RELATIONS)
+def test_made_up_names_look_like_real_ones(relation):
+    alike = [other for other in RELATIONS.values() if invented(other) == invented(relation)]
+    real = [bare(other, fact) for other in alike for fact in other.facts]
+    names = invented(relation)
+    assert abs(mean(map(len, names)) - mean(map(len, real))) < 1
+    assert min(map(len, names)) >= min(map(len, real))
+    assert max(map(len, names)) <= max(map(len, real))
+    assert {name[0].isupper() for name in names} <= {name[0].isupper() for name in real}
+    pairs_of_letters = {name[at : at + 2] for name in real for at in range(len(name) - 1)}
+    spelled = [name for name in names if {name[at : at + 2] for at in range(len(name) - 1)} <= pairs_of_letters]
+    assert len(spelled) >= 0.8 * len(names)  # the others are tokens cut from other words
+
+
+def test_one_token_or_several_does_not_tell():
+    """Nearly every real name is one token: so is a good part of what has no answer, and something known is not."""
+    tokenizer = Tokenizer.from_file(str(model_folder() / "tokenizer.json"))
+
+    def one_token(kind):
+        names = [row["entity"] for row in of_kind(ASKED, kind) if row["new"] == "entity"]
+        return mean(len(tokenizer.encode(f" {name}").ids) == 1 for name in names)
+
+    assert one_token(ANSWERABLE) < 0.95
+    assert one_token(MISPLACED) > 0.85
+    assert one_token(INVENTED) > 0.05
+
+
+def test_what_is_misplaced_has_no_answer():
+    for relation in RELATIONS.values():
+        things = misplaced(relation)
+        assert len(things) > 90
+        assert not {*things} & {bare(relation, fact) for fact in relation.facts}
+
+
+def test_answerable_or_not_is_asked_alike():
+    """Every way to ask that a pair uses stands before names that are known, and before such as are not."""
+    ways = {r.name: [re.sub(r"\\{\w+\\}", ".+", re.escape(way)) for way in r.questions] for r in RELATIONS.values()}
+
+    def used(*kinds):
+        found = {(row["family"], way) for row in of_kind(PAIRS, *kinds) for way in ways[row["family"]]
+                 if re.fullmatch(way, row["prompt"])}  # fmt: skip
+        assert {family for family, _ in found} == set(UNKNOWABLE)
+        return found
+
+    assert used(ANSWERABLE) == used(INVENTED) == used(MISPLACED)
+
+
+def test_the_pairs_prefer_what_they_should():
+    truth = {(r.name, r.answer.format(**fact.words)) for r in RELATIONS.values() for fact in r.facts}
+    for row in PAIRS:
+        chosen, rejected = row["chosen"], row["rejected"]
+        assert chosen != rejected
+        if row["kind"] in (ANSWERABLE, "brief"):
+            assert (row["family"], chosen) in truth
+            assert is_unknown(rejected) if row["kind"] == ANSWERABLE else rejected.startswith(f"{chosen} ")
+        elif row["kind"] in (INVENTED, MISPLACED):
+            assert is_unknown(chosen)
+            assert (row["family"], rejected) in truth
+        else:
+            assert declines(chosen) == (row["kind"] == UNSAFE)
+            assert declines(rejected) == (row["kind"] == HARMLESS)
+    assert {row["chosen"] for row in of_kind(PAIRS, INVENTED)} == set(UNKNOWN)
+
+
+def test_no_word_tells_what_is_unsafe():
+    """Every word of the unsafe requests but three is in harmless ones too."""
+
+    def words(kind):
+        return Counter(word for row in of_kind(PAIRS, kind) for word in re.findall(r"\w+", row["prompt"]))
+
+    unsafe, harmless = words(UNSAFE), words(HARMLESS)
+    only = {word for word, count in unsafe.items() if count >= 5 and not harmless[word]}
+    assert only <= {"steal", "hit", "burn"}
+    assert "Can I live on the apple and supplements alone?" in {
+        request.put(way) for request in requests() for way in WAYS if request.unsafe
+    }
+
+
+def test_what_is_held_out_is_in_no_pair_and_no_instruction():
+    entities = {row["entity"] for row in ASKED}
+    assert all(part(entity) == "test" for entity in entities)
+    assert all(is_held_out(entity) for entity in entities)
+    asked = {message["content"] for row in INSTRUCTIONS["train"]() for message in row["messages"]}
+    asked |= {row["prompt"] for row in PAIRS}
+    for row in ASKED:
+        assert prompt(row) not in asked
+    for new, used in (("entity", 0), ("phrasing", 1)):
+        starts = {way.partition("{")[0] for way in split_phrasings(WAYS)[used]}
+        assert {r for row in of_kind(ASKED, UNSAFE) if row["new"] == new for r in starts if prompt(row).startswith(r)}
+
+
+def test_there_are_enough():
+    of_entities = [row for row in ASKED if row["new"] == "entity"]
+    assert len(of_kind(of_entities, ANSWERABLE)) >= 200
+    assert len(of_kind(of_entities, INVENTED, MISPLACED)) >= 200
+    assert len({prompt(row) for row in ASKED}) >= 0.98 * len(ASKED)
+    assert not {prompt(row) for row in ASKED} & {prompt(row) for row in held_out_requests(which="validation")}
