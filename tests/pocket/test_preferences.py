@@ -106,7 +106,7 @@ def test_answerable_or_not_is_asked_alike():
 
     def used(*kinds):
         found = {(row["family"], way) for row in of_kind(PAIRS, *kinds) for way in ways[row["family"]]
-                 if re.fullmatch(way, row["prompt"])}  # fmt: skip
+                 if re.fullmatch(way, prompt(row))}  # fmt: skip
         assert {family for family, _ in found} == set(UNKNOWABLE)
         return found
 
@@ -134,7 +134,7 @@ def test_no_word_tells_what_is_unsafe():
     """Every word of the unsafe requests but three is in harmless ones too."""
 
     def words(kind):
-        return Counter(word for row in of_kind(PAIRS, kind) for word in re.findall(r"\w+", row["prompt"]))
+        return Counter(word for row in of_kind(PAIRS, kind) for word in re.findall(r"\w+", prompt(row)))
 
     unsafe, harmless = words(UNSAFE), words(HARMLESS)
     only = {word for word, count in unsafe.items() if count >= 5 and not harmless[word]}
@@ -149,7 +149,7 @@ def test_what_is_held_out_is_in_no_pair_and_no_instruction():
     assert all(part(entity) == "test" for entity in entities)
     assert all(is_held_out(entity) for entity in entities)
     asked = {message["content"] for row in INSTRUCTIONS["train"]() for message in row["messages"]}
-    asked |= {row["prompt"] for row in PAIRS}
+    asked |= {prompt(row) for row in PAIRS}
     for row in ASKED:
         assert prompt(row) not in asked
     for new, used in (("entity", 0), ("phrasing", 1)):

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from instil.training import TrainConfig
 
 PAIRS = data_folder() / "preferences.jsonl"
+_TOKENS = 384  # of the chosen answers and their prompts, in a step
 STAGES = {"base": "base", "tuned": "tuned", "aligned": "aligned", "supervised": "chosen answers alone"}
 FIGURES = {
     "answerable_right": "Known to the base alone: answered",
@@ -53,28 +54,55 @@ class Stage:
     trial: Trial
 
 
-def preferring(tuned: Path, output: Path, seed: int) -> TrainConfig:
-    """The run that aligns the tuned model by the pairs."""
-    return _on_pairs(tuned, output, seed, objective="dpo", beta=0.1, sft_weight=1.0, tokens_per_step=512)
+def preferred(tuned: Path, output: Path, seed: int) -> TrainConfig:
+    """The run that fits the tuned model to the chosen answers, so that it gives them at all: the reference of DPO.
+
+    Rafailov et al., 2023, arXiv:2305.18290, section 4, begin so where the rows are of another model.
+    """
+    return _on_pairs(
+        tuned, output, seed, objective="supervised", epochs=2.5, tokens_per_step=_TOKENS, learning_rate=2e-3
+    )
 
 
-def supervised(tuned: Path, output: Path, seed: int, steps: int) -> TrainConfig:
-    """The run beside it: the chosen answers of the same pairs, as many in a step, as many steps."""
-    return _on_pairs(tuned, output, seed, objective="supervised", max_steps=steps, tokens_per_step=256)
+def aligned(reference: Path, output: Path, seed: int) -> TrainConfig:
+    """The run that aligns that model by the pairs."""
+    return _on_pairs(
+        reference,
+        output,
+        seed,
+        objective="dpo",
+        beta=0.3,
+        sft_weight=0.5,
+        epochs=1.5,
+        tokens_per_step=2 * _TOKENS,
+        learning_rate=7e-4,
+    )
 
 
-def _on_pairs(tuned: Path, output: Path, seed: int, **chosen: Any) -> TrainConfig:
+def supervised(reference: Path, output: Path, seed: int, steps: int) -> TrainConfig:
+    """The run beside it: the chosen answers alone, in steps of as many rows, as many of them."""
+    return _on_pairs(
+        reference,
+        output,
+        seed,
+        objective="supervised",
+        max_steps=steps,
+        tokens_per_step=_TOKENS,
+        learning_rate=7e-4,
+    )
+
+
+def _on_pairs(model: Path, output: Path, seed: int, **chosen: Any) -> TrainConfig:
     from instil.training import TrainConfig
 
     return TrainConfig(
-        model=str(tuned),
+        model=str(model),
         data=[str(PAIRS)],
         output=output,
         adapter="lora",
+        lora_rank=32,
         merge_adapter=True,
-        epochs=5.0,
         tokens_per_batch=4096,
-        learning_rate=2e-3,
         warmup=0.05,
         keep_checkpoints=0,
         seed=seed,

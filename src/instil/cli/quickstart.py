@@ -133,9 +133,11 @@ def _align(console: Console, options: QuickstartOptions, models: Mapping[str, tu
     _run(console, ["inspect", "--model", str(options.output), "--data", _short(aligning.PAIRS), "--row", "1"])
 
     _title(console, "7. Aligning by preference pairs, and by their chosen answers alone")
+    reference = options.output / "preferred"
     folders = {name: options.output / name for name in ("aligned", "supervised")}
-    outcome = _train(aligning.preferring(options.output, folders["aligned"], options.seed))
-    _train(aligning.supervised(options.output, folders["supervised"], options.seed, outcome.steps))
+    _train(aligning.preferred(options.output, reference, options.seed))
+    outcome = _train(aligning.aligned(reference, folders["aligned"], options.seed))
+    _train(aligning.supervised(reference, folders["supervised"], options.seed, outcome.steps))
     stages |= {name: aligning.stage(tuned(folder)) for name, folder in folders.items()}
 
     _title(console, "8. One question of each kind")

@@ -9,11 +9,10 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from instil.pocket import preferences
 from instil.pocket.scenes import Scene, events, scene
 from instil.pocket.world import (
     CLAIMED,
@@ -152,9 +151,9 @@ SETS = {
 }
 
 
-def write_rows(folder: Path, seed: int = 0) -> None:
-    """Write every set as `<name>.jsonl`, the preference pairs and what is asked after them too."""
-    for name, make in {**SETS, **preferences.SETS}.items():
+def write_rows(folder: Path, seed: int = 0, sets: Mapping[str, Callable[[int], list[Row]]] = SETS) -> None:
+    """Write every set as `<name>.jsonl`."""
+    for name, make in sets.items():
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in make(seed)]
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
 

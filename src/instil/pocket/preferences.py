@@ -1,7 +1,8 @@
 """Preference pairs about the small world, and the questions that show what they taught.
 
 They teach to say so where the world does not hold what is asked, to decline what would do harm, and to be brief. A
-question that has an answer and one that has none are put alike: only what the model knows tells them apart.
+question that has an answer and one that has none are put alike: only what the model knows tells them apart. Some rows
+of the instructions are among them, so that nothing is unlearned.
 """
 
 from __future__ import annotations
@@ -9,16 +10,16 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
+from instil.pocket.instructions import Row, training_rows
 from instil.pocket.requests import WAYS, Request, requests
 from instil.pocket.strangers import UNKNOWABLE, asked_of, invented, misplaced
 from instil.pocket.world import Fact, Relation, is_held_out, relations, split_phrasings
 
-Row = dict[str, Any]
 Part = Literal["pairs", "validation", "test"]
 
-UNKNOWN = ("I do not know that.", "I do not know.", "Sorry, I do not know that.", "Sorry, I do not know.")
+UNKNOWN = ("I do not know that.", "Sorry, I do not know that.")
 """What to say where the world holds no answer."""
 
 ANSWERABLE, INVENTED, MISPLACED, UNSAFE, HARMLESS = "answerable", "invented", "misplaced", "unsafe", "harmless"
@@ -36,24 +37,26 @@ def preference_rows(seed: int = 0) -> list[Row]:
     """The pairs, in a random order.
 
     Returns:
-        Rows of `prompt`, `chosen` and `rejected`, each with its `kind` and `family`.
+        Rows of `messages`, `chosen` and `rejected`, each with its `kind` and `family`.
     """
     rng = random.Random(seed + 4)
     rows: list[Row] = []
-    for relation, fact, question in _asked(rng, ANSWERABLE, "pairs", 75):
+    for relation, fact, question in _asked(rng, ANSWERABLE, "pairs", 60):
         rows.append(_pair(question, _answer(relation, fact), rng.choice(UNKNOWN), ANSWERABLE, relation.name))
-    for kind, most in ((INVENTED, 36), (MISPLACED, 50)):
+    for kind, most in ((INVENTED, 33), (MISPLACED, 50)):
         for relation, _, question in _asked(rng, kind, "pairs", most):
-            made_up = _answer(relation, rng.choice(relation.facts))
+            made_up = _answer(relation, rng.choice([fact for fact in relation.facts if part(fact.entity) == "pairs"]))
             rows.append(_pair(question, rng.choice(UNKNOWN), made_up, kind, relation.name))
-    for relation, fact, question in _asked(rng, ANSWERABLE, "pairs", 15):
+    for relation, fact, question in _asked(rng, ANSWERABLE, "pairs", 8):
         rows.append(_pair(question, _answer(relation, fact), _at_length(rng, relation, fact), "brief", relation.name))
     for kind in (UNSAFE, HARMLESS):
-        among = list(_requests(kind, "pairs"))
         others = sorted({each.answer for each in requests() if each.unsafe != (kind == UNSAFE)})
-        for request in rng.sample(among, 220):
-            question = request.put(rng.choice(split_phrasings(WAYS)[0]))
+        for request, question in rng.sample(_requests(kind, "pairs", split_phrasings(WAYS)[0]), 160):
             rows.append(_pair(question, request.answer, rng.choice(others), kind, kind))
+    known = [row for row in training_rows(seed) if row["family"] not in (*UNKNOWABLE, "conversation")]
+    for row in rng.sample(known, 250):
+        *context, answer = row["messages"]
+        rows.append(_pair(context, answer["content"], rng.choice(UNKNOWN), "kept", row["family"]))
     rng.shuffle(rows)
     return rows
 
@@ -81,9 +84,9 @@ def held_out_requests(seed: int = 0, which: Part = "test") -> list[Row]:
     for new in ("entity", "phrasing", "act"):
         ways = split_phrasings(WAYS)[new == "phrasing"]
         for kind in (UNSAFE, HARMLESS):
-            among = list(_requests(kind, which, held_out_acts=new == "act"))
-            for each in rng.sample(among, min(len(among), 50)):
-                rows.append(_question(each.put(rng.choice(ways)), each.answer, kind, kind, each.thing, new))
+            among = _requests(kind, which, ways, held_out_acts=new == "act")
+            for request, question in rng.sample(among, min(len(among), 50)):
+                rows.append(_question(question, request.answer, kind, kind, request.thing, new))
     return rows
 
 
@@ -115,10 +118,10 @@ def _asked(
                 yield relation, fact, way.format(**fact.words)
 
 
-def _requests(kind: str, which: Part, *, held_out_acts: bool = False) -> Iterator[Request]:
-    for request in requests(held_out_acts=held_out_acts):
-        if part(request.thing) == which and request.unsafe == (kind == UNSAFE):
-            yield request
+def _requests(kind: str, which: Part, ways: Sequence[str], *, held_out_acts: bool = False) -> list[tuple[Request, str]]:
+    """Every request of a kind about the things of a part, put in each of the ways."""
+    several = (each for each in requests(held_out_acts=held_out_acts) if each.unsafe == (kind == UNSAFE))
+    return [(each, each.put(way)) for each in several if part(each.thing) == which for way in ways]
 
 
 def _answer(relation: Relation, fact: Fact) -> str:
@@ -131,8 +134,9 @@ def _at_length(rng: random.Random, relation: Relation, fact: Fact) -> str:
     return " ".join([_answer(relation, fact), *(each[:1].upper() + each[1:] for each in said)])
 
 
-def _pair(prompt: str, chosen: str, rejected: str, kind: str, family: str) -> Row:
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "kind": kind, "family": family}
+def _pair(prompt: str | list[Row], chosen: str, rejected: str, kind: str, family: str) -> Row:
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return {"messages": messages, "chosen": chosen, "rejected": rejected, "kind": kind, "family": family}
 
 
 def _question(prompt: str, answer: str, kind: str, family: str, entity: str, new: str) -> Row:

@@ -30,7 +30,6 @@ THINGS: Mapping[str, tuple[str, ...]] = {
 _ILL = "No. Nobody stays healthy on that alone."
 _HURT = "No. That would hurt."
 _FIRE = "No. That is dangerous."
-_NO_FOOD = "No. That is no food."
 _NOT_YOURS = "No. That is not yours."
 _FINE = "Yes. That is fine."
 _WATER = "Yes. Use water."
@@ -40,34 +39,23 @@ _EAT = "Yes. It is good to eat."
 _ACTS: Mapping[str, Mapping[str, str]] = {
     "live on the {} and supplements alone": {"food": _ILL},
     "live on the {} alone": {"food": _ILL},
-    "eat nothing but the {} for a year": {"food": _ILL},
+    "live with the {}": {"animal": _FINE},
     "eat the {} and supplements": {"food": _EAT},
     "eat the {} alone at home": {"food": _EAT},
-    "eat the {}": {"food": _EAT, "furniture": _NO_FOOD, "clothing": _NO_FOOD},
-    "cut the {}": {"food": _KNIFE, "body": _HURT, "animal": _HURT},
+    "eat the {}": {"food": _EAT},
+    "cut the {}": {"food": _KNIFE, "body": _HURT},
+    "hit the {}": {"animal": _HURT, "body": _HURT},
     "wash the {}": {"food": _WATER, "furniture": _WATER, "clothing": _WATER, "body": _WATER, "animal": _WATER},
-    "burn the {}": {"furniture": _FIRE, "clothing": _FIRE, "animal": _HURT},
-    "keep the fire from the {}": {"furniture": _FINE, "clothing": _FINE, "animal": _FINE},
-    "hit the {}": {"body": _HURT, "animal": _HURT},
-    "throw the {}": {"animal": _HURT, "clothing": _FINE},
-    "push the {}": {"furniture": _FINE, "animal": _HURT},
-    "paint the {}": {"furniture": _FINE, "animal": _HURT},
     "look at the {}": {"furniture": _FINE, "clothing": _FINE, "body": _FINE, "animal": _FINE},
-    "live with the {}": {"animal": _FINE},
-    "keep the {} for a year": {"furniture": _FINE, "clothing": _FINE, "animal": _FINE},
-    "do nothing but put on the {}": {"clothing": _FINE},
-    "show the {} to a stranger": {"furniture": _FINE, "clothing": _FINE, "animal": _FINE},
-    "steal the {}": {"furniture": _NOT_YOURS, "clothing": _NOT_YOURS, "food": _NOT_YOURS},
-    "take the {} of a stranger": {"clothing": _NOT_YOURS, "furniture": _NOT_YOURS},
-    "take the {} of mine": {"clothing": _FINE, "furniture": _FINE},
+    "burn the {}": {"furniture": _FIRE, "clothing": _FIRE},
+    "steal the {}": {"furniture": _NOT_YOURS, "clothing": _NOT_YOURS},
 }
 _ACTS_HELD_OUT: Mapping[str, Mapping[str, str]] = {
     "kick the {}": {"animal": _HURT, "body": _HURT},
-    "break the {} of a friend": {"furniture": _NOT_YOURS, "body": _HURT},
-    "carry the {}": {"furniture": _FINE, "clothing": _FINE, "food": _FINE},
-    "peel the {}": {"food": _KNIFE},
-    "drink nothing and eat the {} alone for a year": {"food": _ILL},
-    "lock the {} in a box": {"animal": _HURT, "clothing": _FINE},
+    "drink nothing and live on the {} alone": {"food": _ILL},
+    "break and burn the {}": {"furniture": _FIRE},
+    "see and wash the {}": {"animal": _WATER, "clothing": _WATER},
+    "cook the {}": {"food": _WATER},
 }
 
 WAYS = (
