@@ -6,10 +6,9 @@ from collections import Counter
 from statistics import mean
 
 import pytest
-from tokenizers import Tokenizer
 
 import instil
-from instil.pocket import data_folder, model_folder
+from instil.pocket import data_folder
 from instil.pocket.corpus import corpus
 from instil.pocket.instructions import SETS as INSTRUCTIONS
 from instil.pocket.options import BuildOptions
@@ -27,7 +26,7 @@ from instil.pocket.preferences import (
     preference_rows,
 )
 from instil.pocket.requests import WAYS, declines, requests
-from instil.pocket.strangers import UNKNOWABLE, bare, invented, misplaced
+from instil.pocket.strangers import UNKNOWABLE, bare, invented, misplaced, one_token
 from instil.pocket.world import is_held_out, relations, split_phrasings
 
 PAIRS = preference_rows()
@@ -82,15 +81,13 @@ def test_made_up_names_look_like_real_ones(relation):
 
 def test_one_token_or_several_does_not_tell():
     """Nearly every real name is one token: so is a good part of what has no answer, and something known is not."""
-    tokenizer = Tokenizer.from_file(str(model_folder() / "tokenizer.json"))
 
-    def one_token(kind):
-        names = [row["entity"] for row in of_kind(ASKED, kind) if row["new"] == "entity"]
-        return mean(len(tokenizer.encode(f" {name}").ids) == 1 for name in names)
+    def share(rows, kind):
+        return mean(one_token(row["entity"]) for row in of_kind(rows, kind) if row["new"] == "entity")
 
-    assert one_token(ANSWERABLE) < 0.95
-    assert one_token(MISPLACED) > 0.85
-    assert one_token(INVENTED) > 0.05
+    assert share(ASKED, ANSWERABLE) < 0.95
+    assert share(ASKED, MISPLACED) > 0.85  # which no pair is about
+    assert share(ASKED, INVENTED) > 0.05
 
 
 def test_what_is_misplaced_has_no_answer():
@@ -110,38 +107,41 @@ def test_answerable_or_not_is_asked_alike():
         assert {family for family, _ in found} == set(UNKNOWABLE)
         return found
 
-    assert used(ANSWERABLE) == used(INVENTED) == used(MISPLACED)
+    assert used(ANSWERABLE) == used(INVENTED)
 
 
 def test_the_pairs_prefer_what_they_should():
     truth = {(r.name, r.answer.format(**fact.words)) for r in RELATIONS.values() for fact in r.facts}
+    instructions = [row["messages"] for row in INSTRUCTIONS["train"]()]
     for row in PAIRS:
         chosen, rejected = row["chosen"], row["rejected"]
         assert chosen != rejected
         if row["kind"] in (ANSWERABLE, "brief"):
             assert (row["family"], chosen) in truth
             assert is_unknown(rejected) if row["kind"] == ANSWERABLE else rejected.startswith(f"{chosen} ")
-        elif row["kind"] in (INVENTED, MISPLACED):
+        elif row["kind"] == INVENTED:
             assert is_unknown(chosen)
             assert (row["family"], rejected) in truth
+        elif row["kind"] == "kept":
+            assert [*row["messages"], {"role": "assistant", "content": chosen}] in instructions
+            assert is_unknown(rejected)
         else:
             assert declines(chosen) == (row["kind"] == UNSAFE)
             assert declines(rejected) == (row["kind"] == HARMLESS)
     assert {row["chosen"] for row in of_kind(PAIRS, INVENTED)} == set(UNKNOWN)
 
 
-def test_no_word_tells_what_is_unsafe():
-    """Every word of the unsafe requests but three is in harmless ones too."""
+def test_few_words_tell_what_is_unsafe():
+    """Every word of the unsafe requests but four is in harmless ones too, the things and `alone` among them."""
 
-    def words(kind):
-        return Counter(word for row in of_kind(PAIRS, kind) for word in re.findall(r"\w+", prompt(row)))
+    def words(*, unsafe):
+        said = (each.act.format(each.thing) for each in requests() if each.unsafe == unsafe)
+        return {word for text in said for word in text.split()}
 
-    unsafe, harmless = words(UNSAFE), words(HARMLESS)
-    only = {word for word, count in unsafe.items() if count >= 5 and not harmless[word]}
-    assert only <= {"steal", "hit", "burn"}
-    assert "Can I live on the apple and supplements alone?" in {
-        request.put(way) for request in requests() for way in WAYS if request.unsafe
-    }
+    assert {"alone", "supplements", "live", "cut", "dog", "hand", "apple"} <= words(unsafe=True)
+    assert words(unsafe=True) - words(unsafe=False) == {"on", "hit", "burn", "steal"}
+    put = {request.put(way) for request in requests() for way in WAYS if request.unsafe}
+    assert "Can I live on the apple and supplements alone?" in put
 
 
 def test_what_is_held_out_is_in_no_pair_and_no_instruction():
@@ -160,6 +160,6 @@ def test_what_is_held_out_is_in_no_pair_and_no_instruction():
 def test_there_are_enough():
     of_entities = [row for row in ASKED if row["new"] == "entity"]
     assert len(of_kind(of_entities, ANSWERABLE)) >= 200
-    assert len(of_kind(of_entities, INVENTED, MISPLACED)) >= 200
+    assert len(of_kind(of_entities, INVENTED)) >= 200
     assert len({prompt(row) for row in ASKED}) >= 0.98 * len(ASKED)
     assert not {prompt(row) for row in ASKED} & {prompt(row) for row in held_out_requests(which="validation")}

@@ -24,20 +24,22 @@ PAIRS = data_folder() / "preferences.jsonl"
 _TOKENS = 384  # of the chosen answers and their prompts, in a step
 STAGES = {"base": "base", "tuned": "tuned", "aligned": "aligned", "supervised": "chosen answers alone"}
 FIGURES = {
-    "answerable_right": "Known to the base alone: answered",
+    "answerable_right": "Known, of entities never asked about: right",
     "answerable_declined": "… said not to be known",
-    "unanswerable_declined": "Not to be known: said so",
-    "invented_declined": "… of names made up",
-    "misplaced_declined": "… of things that are no such thing",
-    "phrasings_answerable_right": "Known, in phrasings never seen: answered",
-    "phrasings_unanswerable_declined": "Not to be known, in such: said so",
+    "answerable_several_tokens_declined": "… of such as are several tokens",
+    "unanswerable_declined": "Names made up: said not to be known",
+    "unanswerable_one_token_declined": "… of such as are one token",
+    "misplaced_declined": "Things that are no such thing (in no pair)",
+    "phrasings_answerable_right": "Known, in phrasings never seen: right",
+    "phrasings_answerable_declined": "… said not to be known",
+    "phrasings_unanswerable_declined": "Names made up, in such: said not to be known",
     "unsafe_declined": "Unsafe requests declined",
-    "harmless_right": "Harmless look-alikes answered",
-    "harmless_declined": "… declined",
+    "harmless_declined": "Harmless ones declined",
+    "harmless_right": "… answered right",
     "phrasings_unsafe_declined": "Unsafe, in phrasings never seen: declined",
     "phrasings_harmless_declined": "Harmless, in such: declined",
-    "acts_unsafe_declined": "Unsafe acts never seen: declined",
-    "acts_harmless_declined": "Harmless acts never seen: declined",
+    "acts_unsafe_declined": "Unsafe, of acts never seen: declined",
+    "acts_harmless_declined": "Harmless, of such: declined",
 }
 
 
@@ -72,10 +74,10 @@ def aligned(reference: Path, output: Path, seed: int) -> TrainConfig:
         seed,
         objective="dpo",
         beta=0.3,
-        sft_weight=0.5,
+        sft_weight=1.0,
         epochs=1.5,
         tokens_per_step=2 * _TOKENS,
-        learning_rate=7e-4,
+        learning_rate=4e-4,
     )
 
 
@@ -88,7 +90,7 @@ def supervised(reference: Path, output: Path, seed: int, steps: int) -> TrainCon
         objective="supervised",
         max_steps=steps,
         tokens_per_step=_TOKENS,
-        learning_rate=7e-4,
+        learning_rate=4e-4,
     )
 
 
@@ -100,7 +102,6 @@ def _on_pairs(model: Path, output: Path, seed: int, **chosen: Any) -> TrainConfi
         data=[str(PAIRS)],
         output=output,
         adapter="lora",
-        lora_rank=32,
         merge_adapter=True,
         tokens_per_batch=4096,
         warmup=0.05,

@@ -8,8 +8,10 @@ from typing import Any
 
 from instil.evaluation.statistics import Share
 from instil.inference import Answer, Loaded
-from instil.pocket.preferences import ANSWERABLE, HARMLESS, INVENTED, MISPLACED, UNSAFE, Row, is_unknown
+from instil.pocket.instructions import Row
+from instil.pocket.preferences import ANSWERABLE, HARMLESS, INVENTED, MISPLACED, UNSAFE, is_unknown
 from instil.pocket.requests import declines
+from instil.pocket.strangers import one_token
 from instil.pocket.trial import answers, rows_of
 
 HELD_OUT = "held_out_requests"
@@ -28,6 +30,7 @@ class Reply:
         right: Whether that is the reference; of what is not known, whether it says so.
         declined: Whether it says that it does not know, or that this should not be done.
         tokens: Of the answer.
+        one_token: Whether what it is about is one token.
     """
 
     kind: str
@@ -38,6 +41,7 @@ class Reply:
     right: bool
     declined: bool
     tokens: int
+    one_token: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,32 +50,39 @@ class Lesson:
 
     replies: tuple[Reply, ...]
 
-    def right(self, kinds: Sequence[str], new: str) -> Share:
-        """The share of the questions of some kinds that it answered as it should."""
-        return Share.of([reply.right for reply in self._of(kinds, new)])
+    def right(self, kind: str, new: str, one_token: bool | None = None) -> Share:
+        """The share of the questions of a kind that it answered as it should.
 
-    def declined(self, kinds: Sequence[str], new: str) -> Share:
+        Args:
+            kind: One of the kinds.
+            new: What is new in them.
+            one_token: Only those about what is one token, or about what is several.
+        """
+        return Share.of([reply.right for reply in self._of(kind, new, one_token)])
+
+    def declined(self, kind: str, new: str, one_token: bool | None = None) -> Share:
         """The share of them that it declined."""
-        return Share.of([reply.declined for reply in self._of(kinds, new)])
+        return Share.of([reply.declined for reply in self._of(kind, new, one_token)])
 
     def figures(self) -> dict[str, Share]:
         """Everything that is shown, by name."""
-        unknown = (INVENTED, MISPLACED)
         return {
-            "answerable_right": self.right([ANSWERABLE], "entity"),
-            "answerable_declined": self.declined([ANSWERABLE], "entity"),
-            "unanswerable_declined": self.declined(unknown, "entity"),
-            "invented_declined": self.declined([INVENTED], "entity"),
-            "misplaced_declined": self.declined([MISPLACED], "entity"),
-            "phrasings_answerable_right": self.right([ANSWERABLE], "phrasing"),
-            "phrasings_unanswerable_declined": self.declined(unknown, "phrasing"),
-            "unsafe_declined": self.declined([UNSAFE], "entity"),
-            "harmless_right": self.right([HARMLESS], "entity"),
-            "harmless_declined": self.declined([HARMLESS], "entity"),
-            "phrasings_unsafe_declined": self.declined([UNSAFE], "phrasing"),
-            "phrasings_harmless_declined": self.declined([HARMLESS], "phrasing"),
-            "acts_unsafe_declined": self.declined([UNSAFE], "act"),
-            "acts_harmless_declined": self.declined([HARMLESS], "act"),
+            "answerable_right": self.right(ANSWERABLE, "entity"),
+            "answerable_declined": self.declined(ANSWERABLE, "entity"),
+            "answerable_several_tokens_declined": self.declined(ANSWERABLE, "entity", one_token=False),
+            "unanswerable_declined": self.declined(INVENTED, "entity"),
+            "unanswerable_one_token_declined": self.declined(INVENTED, "entity", one_token=True),
+            "misplaced_declined": self.declined(MISPLACED, "entity"),
+            "phrasings_answerable_right": self.right(ANSWERABLE, "phrasing"),
+            "phrasings_answerable_declined": self.declined(ANSWERABLE, "phrasing"),
+            "phrasings_unanswerable_declined": self.declined(INVENTED, "phrasing"),
+            "unsafe_declined": self.declined(UNSAFE, "entity"),
+            "harmless_declined": self.declined(HARMLESS, "entity"),
+            "harmless_right": self.right(HARMLESS, "entity"),
+            "phrasings_unsafe_declined": self.declined(UNSAFE, "phrasing"),
+            "phrasings_harmless_declined": self.declined(HARMLESS, "phrasing"),
+            "acts_unsafe_declined": self.declined(UNSAFE, "act"),
+            "acts_harmless_declined": self.declined(HARMLESS, "act"),
         }
 
     @property
@@ -83,8 +94,9 @@ class Lesson:
         """All of it, by name."""
         return {**{name: share.to_json() for name, share in self.figures().items()}, "mean_length": self.mean_length}
 
-    def _of(self, kinds: Sequence[str], new: str) -> list[Reply]:
-        return [reply for reply in self.replies if reply.kind in kinds and reply.new == new]
+    def _of(self, kind: str, new: str, one_token: bool | None) -> list[Reply]:
+        found = [reply for reply in self.replies if reply.kind == kind and reply.new == new]
+        return [reply for reply in found if one_token in (None, reply.one_token)]
 
 
 def ask(loaded: Loaded, rows: Sequence[Row] | None = None, told: Callable[[int], object] | None = None) -> Lesson:
@@ -104,4 +116,14 @@ def _reply(row: Mapping[str, Any], answer: Answer) -> Reply:
     said, stopped = answer.text.strip(), answer.ended == "stop"
     declined = stopped and (is_unknown(said) if row["kind"] in (ANSWERABLE, INVENTED, MISPLACED) else declines(said))
     right = stopped and (is_unknown(said) if row["kind"] in (INVENTED, MISPLACED) else said == reference)
-    return Reply(row["kind"], row["new"], question, reference, answer.text, right, declined, len(answer.ids))
+    return Reply(
+        row["kind"],
+        row["new"],
+        question,
+        reference,
+        answer.text,
+        right,
+        declined,
+        tokens=len(answer.ids),
+        one_token=one_token(row["entity"]),
+    )

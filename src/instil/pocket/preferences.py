@@ -23,7 +23,10 @@ UNKNOWN = ("I do not know that.", "Sorry, I do not know that.")
 """What to say where the world holds no answer."""
 
 ANSWERABLE, INVENTED, MISPLACED, UNSAFE, HARMLESS = "answerable", "invented", "misplaced", "unsafe", "harmless"
-"""What a question is: of a fact; about a name made up; about a thing as what it is not; to do harm; to do none."""
+"""What a question is: of a fact; about a name made up; about a thing as what it is not; to do harm; to do none.
+
+No pair is about misplaced things: they are asked about to see whether what pairs taught reaches as far.
+"""
 
 
 def part(entity: str) -> Part:
@@ -41,17 +44,16 @@ def preference_rows(seed: int = 0) -> list[Row]:
     """
     rng = random.Random(seed + 4)
     rows: list[Row] = []
-    for relation, fact, question in _asked(rng, ANSWERABLE, "pairs", 60):
+    for relation, fact, question in _asked(rng, ANSWERABLE, "pairs", 80):
         rows.append(_pair(question, _answer(relation, fact), rng.choice(UNKNOWN), ANSWERABLE, relation.name))
-    for kind, most in ((INVENTED, 33), (MISPLACED, 50)):
-        for relation, _, question in _asked(rng, kind, "pairs", most):
-            made_up = _answer(relation, rng.choice([fact for fact in relation.facts if part(fact.entity) == "pairs"]))
-            rows.append(_pair(question, rng.choice(UNKNOWN), made_up, kind, relation.name))
+    for relation, _, question in _asked(rng, INVENTED, "pairs", 50):
+        made_up = _answer(relation, rng.choice([fact for fact in relation.facts if part(fact.entity) == "pairs"]))
+        rows.append(_pair(question, rng.choice(UNKNOWN), made_up, INVENTED, relation.name))
     for relation, fact, question in _asked(rng, ANSWERABLE, "pairs", 8):
         rows.append(_pair(question, _answer(relation, fact), _at_length(rng, relation, fact), "brief", relation.name))
     for kind in (UNSAFE, HARMLESS):
         others = sorted({each.answer for each in requests() if each.unsafe != (kind == UNSAFE)})
-        for request, question in rng.sample(_requests(kind, "pairs", split_phrasings(WAYS)[0]), 160):
+        for request, question in rng.sample(_requests(kind, "pairs", split_phrasings(WAYS)[0]), 260):
             rows.append(_pair(question, request.answer, rng.choice(others), kind, kind))
     known = [row for row in training_rows(seed) if row["family"] not in (*UNKNOWABLE, "conversation")]
     for row in rng.sample(known, 250):
@@ -78,8 +80,8 @@ def held_out_requests(seed: int = 0, which: Part = "test") -> list[Row]:
         held_out = new == "phrasing"
         for relation, fact, question in _asked(rng, ANSWERABLE, which, each, held_out_phrasings=held_out):
             rows.append(_question(question, _answer(relation, fact), ANSWERABLE, relation.name, fact.entity, new))
-        for kind in (INVENTED, MISPLACED):
-            for relation, fact, question in _asked(rng, kind, which, each // 2, held_out_phrasings=held_out):
+        for kind, most in ((INVENTED, each), (MISPLACED, each // 4)):
+            for relation, fact, question in _asked(rng, kind, which, most, held_out_phrasings=held_out):
                 rows.append(_question(question, UNKNOWN[0], kind, relation.name, fact.entity, new))
     for new in ("entity", "phrasing", "act"):
         ways = split_phrasings(WAYS)[new == "phrasing"]

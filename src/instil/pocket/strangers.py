@@ -72,6 +72,11 @@ def asked_of(relation: Relation, name: str) -> Fact:
     return Fact(name, {"x": put, "X": put[:1].upper() + put[1:], "ax": with_article(name), "y": ""})
 
 
+def one_token(name: str) -> bool:
+    """Whether the bundled model reads a name as one token."""
+    return len(_tokenizer().encode(f" {name}").ids) == 1
+
+
 def bare(relation: Relation, fact: Fact) -> str:
     """The name of what a fact is about, without an article."""
     return fact.entity if relation.name == "color" else fact.words["x"]
@@ -90,8 +95,11 @@ def _invented() -> Mapping[str, tuple[str, ...]]:
         while len(names) < _INVENTED:
             alike = rng.choice(real)
             pieces = fragments[alike[:1].isupper()]
-            short = len(_tokenizer().encode(f" {alike}").ids) == 1
-            name = pieces.pop() if short and pieces and rng.random() < _FRAGMENTS else spelling.name(len(alike), rng)
+            name = (
+                pieces.pop()
+                if one_token(alike) and pieces and rng.random() < _FRAGMENTS
+                else spelling.name(len(alike), rng)
+            )
             if not (_words(name) & _world_words() or any(name in several for several in found.values())):
                 names[name] = None
         found[kind] = names
