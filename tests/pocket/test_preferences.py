@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections import Counter
 from statistics import mean
 
 import pytest
