@@ -14,7 +14,7 @@ from typing import Literal
 
 from instil.pocket.instructions import Row, training_rows
 from instil.pocket.requests import WAYS, Request, requests
-from instil.pocket.strangers import UNKNOWABLE, asked_of, invented, misplaced
+from instil.pocket.strangers import UNKNOWABLE, asked_of, bare, invented, misplaced, one_token
 from instil.pocket.world import Fact, Relation, is_held_out, relations, split_phrasings
 
 Part = Literal["pairs", "validation", "test"]
@@ -45,6 +45,8 @@ def preference_rows(seed: int = 0) -> list[Row]:
     rng = random.Random(seed + 4)
     rows: list[Row] = []
     for relation, fact, question in _asked(rng, ANSWERABLE, "pairs", 80):
+        rows.append(_pair(question, _answer(relation, fact), rng.choice(UNKNOWN), ANSWERABLE, relation.name))
+    for relation, fact, question in _several_tokens(rng):
         rows.append(_pair(question, _answer(relation, fact), rng.choice(UNKNOWN), ANSWERABLE, relation.name))
     for relation, _, question in _asked(rng, INVENTED, "pairs", 50):
         made_up = _answer(relation, rng.choice([fact for fact in relation.facts if part(fact.entity) == "pairs"]))
@@ -118,6 +120,15 @@ def _asked(
             for fact in rng.sample(facts, min(most, len(facts))):
                 way = rng.choice(split_phrasings(relation.questions)[held_out_phrasings])
                 yield relation, fact, way.format(**fact.words)
+
+
+def _several_tokens(rng: random.Random) -> Iterator[tuple[Relation, Fact, str]]:
+    """Questions, two each, about all that is known and is several tokens, as nearly every made-up name is."""
+    for relation in relations():
+        for fact in relation.facts if relation.name in UNKNOWABLE else ():
+            if part(fact.entity) == "pairs" and not one_token(bare(relation, fact)):
+                for way in rng.sample(split_phrasings(relation.questions)[0], 2):
+                    yield relation, fact, way.format(**fact.words)
 
 
 def _requests(kind: str, which: Part, ways: Sequence[str], *, held_out_acts: bool = False) -> list[tuple[Request, str]]:
