@@ -130,7 +130,8 @@ def _align(console: Console, options: QuickstartOptions, models: Mapping[str, tu
 
     _title(console, "6. What is preferred: to say what is not known, to decline what is unsafe, to be brief")
     stages = {name: aligning.stage(loaded, trial) for name, (loaded, trial) in models.items()}
-    _run(console, ["inspect", "--model", str(options.output), "--data", _short(aligning.PAIRS), "--row", "1"])
+    shown = ["--model", str(options.output), "--data", _short(aligning.PAIRS), "--row", "1"]
+    _run(console, ["inspect", "--objective", "dpo", *shown])
 
     _title(console, "7. Aligning by preference pairs, and by their chosen answers alone")
     reference = options.output / "preferred"
