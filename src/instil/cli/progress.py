@@ -16,7 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from instil.training.events import Evaluation, Resolved, Step
+from instil.training.events import Evaluation, Resolved, Step, chosen_fell
 
 _GIB = 1 << 30
 
@@ -38,6 +38,8 @@ class Progress:
         self._said_at = 0.0
         self._evaluation: Evaluation | None = None
         self._bar: Live | None = None
+        self._history: list[Step] = []
+        self._warned = False
 
     def __enter__(self) -> Progress:
         return self
@@ -84,6 +86,10 @@ class Progress:
             self._bar.start()
 
     def _step(self, step: Step) -> None:
+        self._history.append(step)
+        if not self._warned and (fell := chosen_fell(self._history)):
+            self._warned = True
+            self._print(f"note: step {step.step:,}: {fell}")
         left = f"{timedelta(seconds=round(step.seconds / step.step * max(0, self._steps - step.step)))} left"
         if self._bar is not None:
             self._bar.update(self._drawn(step.step, left, self._said(step)))
@@ -97,6 +103,7 @@ class Progress:
         trained = step.tokens_per_second * step.trained_tokens / max(1, step.tokens)
         parts = [
             f"loss {step.loss:.4f}",
+            compared(step.measures),
             f"held out {_measured(self._evaluation)}" if self._evaluation is not None else "",
             f"lr {step.learning_rate:.2e}",
             f"{step.tokens_per_second:,.0f} tokens/s, {trained:,.0f} trained",
@@ -138,9 +145,16 @@ def _shown(value: Any) -> str:
 
 
 def _measured(evaluation: Evaluation) -> str:
-    """The loss, and the metric where there is one."""
-    metric = "" if evaluation.value is None else f", {evaluation.metric} {evaluation.value:.4f}"
-    return f"{evaluation.eval_loss:.4f}{metric}"
+    """The loss, and what else is measured."""
+    metric = "" if evaluation.value is None else f"{evaluation.metric} {evaluation.value:.4f}"
+    return ", ".join(filter(None, [f"{evaluation.eval_loss:.4f}", metric, compared(evaluation.measures)]))
+
+
+def compared(measures: Mapping[str, float]) -> str:
+    """How answers that are compared stand; "" where none are."""
+    if "reward_accuracy" not in measures:
+        return ""
+    return f"accuracy {measures['reward_accuracy']:.1%}, margin {measures['reward_margin']:.4f}"
 
 
 def _memory() -> str:

@@ -140,6 +140,33 @@ class Outcome:
     notes: list[str] = field(default_factory=list)
 
 
+def lately(history: Sequence[Step]) -> dict[str, float]:
+    """What the objective measured over the last tenth of some steps, at least ten of them, on average, by name."""
+    last = history[-max(10, len(history) // 10) :]
+    names = dict.fromkeys(name for step in last for name in step.measures)
+    found = {name: [each for s in last if math.isfinite(each := s.measures.get(name, math.nan))] for name in names}
+    return {name: math.fsum(values) / len(values) for name, values in found.items() if values}
+
+
+def chosen_fell(history: Sequence[Step]) -> str | None:
+    """A sentence, where chosen answers have become less likely than they were before training; None where not.
+
+    With a reference that is known of every answer; without one the last steps are held against the first ones.
+    """
+    now = lately(history)
+    if len(history) < 10 or "chosen_logp" not in now:
+        return None
+    if "kl" in now:
+        fell = now["chosen_reward"] < 0
+        than = "under the reference"
+    else:
+        fell = now["chosen_logp"] < lately(history[:10])["chosen_logp"]
+        than = "at the beginning"
+    return (
+        f"chosen answers are less likely than {than}: what is learned is to avoid the rejected ones" if fell else None
+    )
+
+
 class Watcher(Protocol):
     """Is told of a run as it goes."""
 
