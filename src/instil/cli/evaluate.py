@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from instil.cli.generating import missing, shown
 from instil.cli.main import REMEDIES
@@ -73,6 +73,8 @@ Switch = Annotated[bool, Parameter(negative=())]
 class EvaluateOptions(SamplingOptions, DataOptions):
     """Everything that `instil evaluate` takes."""
 
+    may_be_empty = ("judge_key_env",)
+
     model: str | None = Field(default=None, description="Model or adapter to evaluate: a folder or a hub name.")
     base: str | None = Field(default=None, description="The model that it was tuned from, to be asked the same.")
     data: list[str] = Field(
@@ -130,13 +132,6 @@ class EvaluateOptions(SamplingOptions, DataOptions):
     criteria: list[str] = Field(
         default_factory=list, description="Have the judge rate the answers to --data by these: coherence, helpfulness."
     )
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _is_not_empty(cls, value: Any, info: ValidationInfo) -> Any:
-        if (value == "" and info.field_name != "judge_key_env") or (isinstance(value, list) and "" in value):
-            raise ValueError("is empty (a shell variable that is not set?)")
-        return value
 
     @model_validator(mode="after")
     def _fits_together(self) -> EvaluateOptions:

@@ -16,12 +16,13 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any, get_origin
 
 from cyclopts import Parameter
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from instil.cli import config as files
 from instil.cli.compare import free
 from instil.cli.evaluate import REPORT, RESULTS, EvaluateOptions, Switch, bars, locked, write_results
 from instil.cli.main import reason
+from instil.data.options import Given
 from instil.errors import DataError, InstilError, RowProblem, TrainingError, UsageError, nearest
 from instil.evaluation.items import Evaluation, Item, read_items, spaced, write_evaluation, write_items
 from instil.evaluation.report import SHOWN, Answered, Page, compared, to_html
@@ -51,10 +52,8 @@ _WIDTH = 160
 _OF_EVALUATE, _OF_SAMPLING = EvaluateOptions.model_fields, SamplingOptions.model_fields
 
 
-class SweepOptions(BaseModel):
+class SweepOptions(Given):
     """Everything that `instil sweep` takes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     config: Path | None = Field(default=None, description="YAML file with the settings of `instil train`.")
     vary: list[str] = Field(
@@ -77,13 +76,6 @@ class SweepOptions(BaseModel):
     execute: Switch = Field(default=False, description=_OF_EVALUATE["execute"].description)
     max_new_tokens: int = Field(default=256, ge=1, description=_OF_SAMPLING["max_new_tokens"].description)
     batch_size: int = Field(default=64, ge=1, description=_OF_SAMPLING["batch_size"].description)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _is_not_empty(cls, value: Any) -> Any:
-        if value == "" or (isinstance(value, list) and "" in value):
-            raise ValueError("is empty (a shell variable that is not set?)")
-        return value
 
     @model_validator(mode="after")
     def _is_whole(self) -> SweepOptions:
