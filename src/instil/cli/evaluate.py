@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -63,6 +62,7 @@ _TO_RESCORE = (
 )
 _TASKS = "tasks of EleutherAI's harness"
 _FEW = 30
+_MARKED = 3
 _TEXTS = 100
 _WIDTH = 132
 _SEED = 1_000_000  # of the bundled plain text: none that the bundled model was trained on
@@ -199,15 +199,11 @@ def evaluate(*, options: Annotated[EvaluateOptions | None, Parameter(name="*")] 
     with locked(folder):
         with bars() as telling:
             loaded, base = _run(options, items, telling)
-        evaluation = Evaluation(
-            _about(options, loaded, time.monotonic() - begun),
-            options.judge_model or "",
-            options.criteria,
-            _trained(options, loaded),
-        )
         write_items(folder, items)
-        write_evaluation(folder, evaluation)
         with _answers_are_kept(options, folder):
+            about = _about(options, loaded, time.monotonic() - begun)
+            evaluation = Evaluation(about, options.judge_model or "", options.criteria, _trained(items, loaded))
+            write_evaluation(folder, evaluation)
             if tasks:
                 evaluation = replace(evaluation, harness=_harness(tasks, loaded, base, options))
                 write_evaluation(folder, evaluation)
@@ -497,17 +493,17 @@ def _curve(about: Mapping[str, Any]) -> str:
     return drawn.read_text(encoding="utf-8") if drawn.is_file() else ""
 
 
-def _trained(options: EvaluateOptions, loaded: Loaded) -> str:
-    """The first of the records as training would mark them."""
-    if not options.data:
-        return ""
-    from instil.data import read
+def _trained(items: Sequence[Item], loaded: Loaded) -> str:
+    """The first of a person's own records as training would mark their last answers."""
+    from instil.evaluation.run import record_of
     from instil.prompt import RecordEncoder
     from instil.prompt.inspect import TokenText, to_fragment
 
+    records = [record_of(item) for item in items if item.suite == "records" and item.wanted["references"]][:_MARKED]
+    if not records:
+        return ""
     renderer = loaded.renderer
-    records = read(options.data, format=options.format, columns=options.columns, objective=options.objective)
-    rows = RecordEncoder(renderer, options.prompt_options(), None).encode(list(islice(records, 3)))
+    rows = RecordEncoder(renderer, PromptOptions(train_on="last"), None).encode(records)
     return to_fragment(rows, TokenText(renderer.tokenizer), frozenset(renderer.encoder.controls.values()))
 
 
