@@ -246,12 +246,15 @@ def test_figures_are_made_anew_from_the_items_alone(evaluated, tmp_path, capsys)
     [
         ({"suite": ["ifevall:x"]}, "--suite ifevall:x: there is no such suite"),
         ({"suite": ["ifeval"]}, "--suite ifeval: needs a file"),
-        ({"metric": ["exactmatch"]}, "there is no metric 'exactmatch'"),
+        ({"metric": ["exactmatch"]}, "--metric exactmatch: there is no such metric"),
         ({"suite": ["forgetting", "forgetting"]}, "forgetting stands twice"),
         ({"data": [], "suite": []}, "--data and --suite: both are missing"),
         ({"judge_url": "http://127.0.0.1:1/v1"}, "--judge-url and --judge-model belong together"),
         ({"criteria": ["coherence"]}, "--criteria needs a judge"),
         ({"answers": 2}, "one answer to each item"),
+        ({"judge_url": "localhost", "judge_model": "j"}, "--judge-url localhost: is no address"),
+        ({"judge_url": "http://127.0.0.1:1/v1", "judge_model": "j", "suite": []}, "nothing is to be judged"),
+        ({"criteria": ["coherense"]}, "--criteria coherense: there is no such criterion"),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_is_done(root, tmp_path, changes, says):
@@ -275,7 +278,8 @@ def test_all_bad_records_are_named_at_once(root, tmp_path):
         {"instruction": "a", "output": "b", "metric": "accuracy"},
         {"instruction": "a", "output": "def f(): pass", "metric": "execute", "tests": "f()"},
         {"instruction": "a", "output": "no number", "metric": "numeric"},
-        {"instruction": "a", "output": "b"},
+        {"instruction": "a", "output": "b", "metric": "list_of", "labels": ["b"], "count": "two"},
+        {"instruction": "a", "output": "b", "count": "two"},
     ]
     (tmp_path / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bad))
     with pytest.raises(DataError) as caught:
@@ -284,7 +288,7 @@ def test_all_bad_records_are_named_at_once(root, tmp_path):
                 **arguments(root, data=[str(tmp_path / "bad.jsonl")], output=tmp_path / "new")
             )
         )
-    assert [problem.source.rpartition(":")[2] for problem in caught.value.problems] == ["1", "2", "3", "4"]
+    assert [problem.source.rpartition(":")[2] for problem in caught.value.problems] == ["1", "2", "3", "4", "5"]
     assert not (tmp_path / "new").exists()
 
 
@@ -392,7 +396,8 @@ def test_answers_outlive_a_scoring_that_breaks_off(root, tmp_path, capsys):
             )
         said = capsys.readouterr().err
         assert f"{out / 'items.jsonl'} has what the models said" in said
-        assert f"instil evaluate --rescore {out} --judge-url {judge.url} --judge-model j" in said
+        command_line = f"instil evaluate --rescore {out} --judge-url {judge.url} --judge-model j --judge-key-env ''"
+        assert f"{command_line} --judge-cache {tmp_path / 'kept'} --criteria coherence\n" in said
         assert {path.name for path in out.iterdir()} == {"items.jsonl", "evaluation.json"}
         before = read_items(out)
         assert [len(item.said["tuned"]) for item in before] == [1] * 7

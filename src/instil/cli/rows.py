@@ -38,13 +38,6 @@ class RowOptions(PromptOptions, DataOptions):
         default=False, description="Count over the whole data set instead of showing rows."
     )
 
-    @field_validator("*", mode="before")
-    @classmethod
-    def _is_not_empty(cls, value: Any) -> Any:
-        if value == "" or (isinstance(value, list) and "" in value):
-            raise ValueError("is empty (a shell variable that is not set?)")
-        return value
-
     @field_validator("rows")
     @classmethod
     def _is_a_range(cls, value: str | None) -> str | None:

@@ -96,7 +96,7 @@ def _show(config: TrainConfig) -> None:
     from instil.training import resolve
 
     hush()
-    show_resolved(resolve(config, _measure(config)), Console(highlight=False))
+    show_resolved(resolve(config, measuring(config)), Console(highlight=False))
 
 
 def _train(config: TrainConfig) -> None:
@@ -113,7 +113,7 @@ def _train(config: TrainConfig) -> None:
     speaks = os.environ.get("RANK", "0") == "0"  # of several processes that torchrun started
     with Progress() if speaks else nullcontext() as progress, Stopping() as stopping:
         watchers: list[Watcher] = [stopping, *([progress] if progress else [])]
-        outcome = run(config, watchers, stopping=stopping.asked, measure=_measure(config))
+        outcome = run(config, watchers, stopping=stopping.asked, measure=measuring(config))
     if not speaks:
         return
     notes = "".join(f"instil: note: {note}\n" for note in outcome.notes)
@@ -122,7 +122,7 @@ def _train(config: TrainConfig) -> None:
         sys.stderr.flush()
 
 
-def _measure(config: TrainConfig) -> Measuring | None:
+def measuring(config: TrainConfig) -> Measuring | None:
     """What measures the metric chosen; None where that is the loss."""
     if config.eval_metric == "loss":
         return None

@@ -169,4 +169,7 @@ def _generation_config(options: ModelOptions, model: nn.Module) -> dict[str, Any
         raise ModelError(f"{file}: not JSON: {error}", "Mend or replace the file.") from error
     if not isinstance(found, dict):
         raise ModelError(f"{file}: must be a JSON object", "Mend or replace the file.")
+    named = found.get("eos_token_id")
+    if not all(each is None or type(each) is int for each in (named if isinstance(named, list) else [named])):
+        raise ModelError(f"{file}: eos_token_id {named!r}: must be the id of a token, or several", "Mend the file.")
     return found
