@@ -448,9 +448,14 @@ def test_prompts_that_were_not_cut_alike_are_not_compared(encoded):
     assert "the prompts of chosen and rejected were not cut alike" in one.reason
 
 
-def test_answers_of_the_same_tokens_are_not_compared(encoded):
+def test_answers_of_the_same_tokens_are_not_compared(encoded, tmp_path):
     """The template strips what is around an answer."""
-    one = encoded(preference([user("Is it?")], "yes", "yes ", "no"), template="llama3")
+    file = tmp_path / "t.jinja"
+    file.write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    one = encoded(preference([user("Is it?")], "yes", "yes ", "no"), template=str(file))
     assert [each.label for each in one.exchanges] == ["chosen", "rejected"]
     assert one.reason == "the tokens of a rejected answer are those of the chosen one"
 
