@@ -16,6 +16,7 @@ from instil.objectives.preference import Kto, Preference, with_others
 from instil.packing import TokenTree, concatenate, merge
 from instil.packing.tree import expand
 from instil.training import reference
+from instil.training.events import Step, chosen_fell
 from instil.training.loop import evaluate, fit
 from instil.training.options import TrainOptions
 from instil.training.reference import with_reference
@@ -366,3 +367,19 @@ def test_supervised_evaluation_is_as_it_was():
 def test_named_trees_name_their_rows():
     trees = trees_of(pair_rows(2))
     assert reference.NamedTrees(trees, trees).name(1) == "row 1"
+
+
+def histories(values, name="chosen_reward", **more):
+    return [Step(n, 1.0, 1e-4, 1.0, 9, 9, 1.0, 1.0, {name: value, **more}) for n, value in enumerate(values, 1)]
+
+
+def test_it_is_said_where_chosen_answers_become_less_likely():
+    with_reference = {"chosen_logp": -9.0, "kl": 1.0}
+    assert chosen_fell(histories([0.5] * 20 + [-0.1] * 10, **with_reference)) is not None
+    assert chosen_fell(histories([-0.5] * 20 + [0.1] * 10, **with_reference)) is None
+    assert chosen_fell(histories([-0.5] * 9, **with_reference)) is None  # too few to say
+    falling, noise = np.linspace(-50, -80, 40), np.random.default_rng(0).normal(-50, 20, 40)
+    assert "at the beginning" in chosen_fell(histories(falling, "chosen_logp"))
+    assert chosen_fell(histories(noise, "chosen_logp")) is None
+    assert chosen_fell(histories(falling[::-1], "chosen_logp")) is None
+    assert chosen_fell([replace(step, measures={}) for step in histories(falling)]) is None

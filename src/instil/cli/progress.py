@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -36,6 +37,7 @@ class Progress:
         self._seconds = seconds
         self._steps = 0
         self._said_at = 0.0
+        self._prepared_at = time.monotonic()
         self._evaluation: Evaluation | None = None
         self._bar: Live | None = None
         self._history: list[Step] = []
@@ -50,6 +52,14 @@ class Progress:
         with self._heard():
             if self._bar is not None:
                 self._bar.stop()
+
+    def preparing(self, what: str, done: int, of: int) -> None:
+        """Say how far it is, if the last line is some time ago."""
+        now = time.monotonic()
+        if now - self._prepared_at >= self._seconds:
+            self._prepared_at = now
+            with self._heard():
+                self._print(f"{what}: {done:,} of {of:,} batches")
 
     def started(self, resolved: Resolved) -> None:
         """Show what was resolved; begin the bar."""
