@@ -361,20 +361,19 @@ def _items(suites: Sequence[Suite], limit: int | None) -> list[Item]:
 def _run(options: EvaluateOptions, items: list[Item], telling: Telling) -> tuple[Loaded, Loaded | None]:
     """Have the models answer, and weigh what is to be weighed."""
     try:
-        from instil.inference.load import load_base, load_engine, tokenizer_of
+        from instil.inference.load import load_base, load_engine, renderer_of, tokenizer_of
     except ModuleNotFoundError as error:
         raise missing(error) from error
     from instil.cli.train import hush
     from instil.evaluation.run import ask, diverge, weigh
     from instil.model.options import ModelOptions
-    from instil.prompt import load_renderer
 
     def named(name: str | None) -> ModelOptions:
         return ModelOptions(model=name, precision=options.precision, trust_remote_code=options.trust_remote_code)
 
     hush()
     if any(item.messages for item in items):  # a template that is missing is said before weights are read
-        load_renderer(tokenizer_of(named(options.model)), options.prompt_options())
+        renderer_of(tokenizer_of(named(options.model)), options.prompt_options())
     tuned = load_engine(named(options.model), options.prompt_options())
     base = load_base(named(options.base), tuned) if options.base is not None else None
     sampling = options.sampling()
