@@ -350,7 +350,12 @@ def test_two_batches_give_each_row_its_own():
     trees = trees_of(pair_rows(9))
     model = reader(gpt2(seed=3).double())
     whole = with_reference(model, trees)[0]
-    parts = with_reference(model, trees, tokens_per_batch=max(tree.size for tree in trees))[0]
+    told = []
+    parts, _ = with_reference(
+        model, trees, tokens_per_batch=max(tree.size for tree in trees), telling=lambda *done: told.append(done)
+    )
+    assert told == [(number, len(told)) for number in range(len(told))]
+    assert len(told) > 2
     for one, other in zip(whole, parts, strict=True):
         assert one.exchange_reference.tolist() == pytest.approx(other.exchange_reference.tolist(), abs=1e-10)
     assert len({round(float(each), 6) for tree in whole for each in tree.exchange_reference}) > 20
