@@ -210,6 +210,7 @@ def test_kto_is_that_of_separate_sequences(labels):
         assert other != row[0].completion_ids.tolist()
         strange.append(labelled(row[0].prompt_ids.tolist(), other, "other"))
     assert len({tuple(each.completion_ids.tolist()) for each in strange}) == len(rows)
+    assert merge(trees).trained == sum(len(each.completion_ids) for row in rows for each in row)
     ratios = [log_prob(plain, [each])[0] - log_prob(before, [each])[0] for each in strange]
     divergence = max(0.0, float((sum(ratios) / len(ratios)).detach()))
     losses = []
