@@ -732,12 +732,12 @@ def compare(arguments: argparse.Namespace, shape: str, tuning: str, scratch: Pat
     return good
 
 
-def in_child(task: dict[str, Any], scratch: Path) -> dict[str, Any]:
-    """Run a task in a fresh process with fresh caches and no network."""
+def in_child(task: dict[str, Any], scratch: Path, script: str = __file__) -> dict[str, Any]:
+    """Run a task of a script in a fresh process with fresh caches and no network."""
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         task = {**task, "scratch": folder, "result": f"{folder}/result.json"}
         environment = {**os.environ, "HF_HOME": folder, "HF_HUB_OFFLINE": "1", "TMPDIR": folder}
-        command = [sys.executable, "-W", "ignore", __file__, "--child", json.dumps(task)]
+        command = [sys.executable, "-W", "ignore", script, "--child", json.dumps(task)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"a run failed: {task}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")

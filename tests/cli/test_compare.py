@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from instil.cli import chat, compare
 from instil.cli.generating import inert
-from instil.errors import DataError, TemplateError, UsageError
+from instil.errors import DataError, InstilError, TemplateError
 from instil.evaluation.report import Answered
 
 from .small import make_folder
@@ -126,8 +126,11 @@ def test_mistakes(run, root):
         (("one", "two", "one"), {"prompt": "a"}, "one: is named twice"),
         (("one", "two"), {}, "--prompts: is missing, and so is --prompt"),
         (("one", "two"), {"prompt": "a", "html": "x", "as_json": True}, "--html and --json: both were given"),
+        (("one", "two"), {"prompt": "a", "html": "prompts.jsonl"}, "--html prompts.jsonl: the file is there and is no"),
+        (("one", "two"), {"prompt": "a", "html": "none/x.html"}, "--html none/x.html: the folder none does not exist"),
+        (("one", "two"), {"prompt": "a", "template": "llama3"}, "which the template 'llama3' needs"),
     ):
-        with pytest.raises(UsageError, match=re.escape(part)):
+        with pytest.raises(InstilError, match=re.escape(part)):
             run(*models, **settings)
     (root / "long.txt").write_text("One\n" + "word " * 3000 + "\n")
     with pytest.raises(DataError, match=r"long\.txt:2: the last message makes a prompt of"):

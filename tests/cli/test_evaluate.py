@@ -22,7 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import instil
 from instil.cli import evaluate as command
 from instil.errors import DataError, InstilError, ModelError, UsageError
-from instil.evaluation.items import read_items
+from instil.evaluation import suites
+from instil.evaluation.items import Item, Said, read_items
+from instil.evaluation.run import figures
 from instil.inference.load import load_base, load_engine
 from instil.model.options import ModelOptions
 from instil.pocket import data_folder, model_folder
@@ -246,12 +248,15 @@ def test_figures_are_made_anew_from_the_items_alone(evaluated, tmp_path, capsys)
     [
         ({"suite": ["ifevall:x"]}, "--suite ifevall:x: there is no such suite"),
         ({"suite": ["ifeval"]}, "--suite ifeval: needs a file"),
-        ({"metric": ["exactmatch"]}, "there is no metric 'exactmatch'"),
+        ({"metric": ["exactmatch"]}, "--metric exactmatch: there is no such metric"),
         ({"suite": ["forgetting", "forgetting"]}, "forgetting stands twice"),
         ({"data": [], "suite": []}, "--data and --suite: both are missing"),
         ({"judge_url": "http://127.0.0.1:1/v1"}, "--judge-url and --judge-model belong together"),
         ({"criteria": ["coherence"]}, "--criteria needs a judge"),
         ({"answers": 2}, "one answer to each item"),
+        ({"judge_url": "localhost", "judge_model": "j"}, "--judge-url localhost: is no address"),
+        ({"judge_url": "http://127.0.0.1:1/v1", "judge_model": "j", "suite": []}, "nothing is to be judged"),
+        ({"criteria": ["coherense"]}, "--criteria coherense: there is no such criterion"),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_is_done(root, tmp_path, changes, says):
@@ -275,7 +280,8 @@ def test_all_bad_records_are_named_at_once(root, tmp_path):
         {"instruction": "a", "output": "b", "metric": "accuracy"},
         {"instruction": "a", "output": "def f(): pass", "metric": "execute", "tests": "f()"},
         {"instruction": "a", "output": "no number", "metric": "numeric"},
-        {"instruction": "a", "output": "b"},
+        {"instruction": "a", "output": "b", "metric": "list_of", "labels": ["b"], "count": "two"},
+        {"instruction": "a", "output": "b", "count": "two"},
     ]
     (tmp_path / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bad))
     with pytest.raises(DataError) as caught:
@@ -284,7 +290,68 @@ def test_all_bad_records_are_named_at_once(root, tmp_path):
                 **arguments(root, data=[str(tmp_path / "bad.jsonl")], output=tmp_path / "new")
             )
         )
-    assert [problem.source.rpartition(":")[2] for problem in caught.value.problems] == ["1", "2", "3", "4"]
+    assert [problem.source.rpartition(":")[2] for problem in caught.value.problems] == ["1", "2", "3", "4", "5"]
+    assert not (tmp_path / "new").exists()
+
+
+def test_references_that_are_no_texts_are_refused(root, tmp_path):
+    row = {"instruction": "a", "output": "b", "references": {"c": 1}}
+    (tmp_path / "bad.jsonl").write_text(json.dumps(row) + "\n")
+    given = arguments(root, data=[str(tmp_path / "bad.jsonl")], suite=[], output=tmp_path / "new")
+    with pytest.raises(DataError, match="references that are no texts"):
+        command.evaluate(options=command.EvaluateOptions(**given))
+
+
+def test_what_is_asked_for_and_cannot_be_said_is_named():
+    """No answer states a number, one reference does not fit into the context: neither goes missing in silence."""
+    suite = suites.OwnRecords(metric=["numeric"])
+    shape = {"ended": "stop", "tokens": 1}
+    items = [
+        Item(
+            "records",
+            f"f:{at}",
+            wanted={"metrics": ["numeric"], "references": ["3"]},
+            said={"tuned": [Said("none", **shape)]},
+            scores={"tuned": {"reference": {"loss": 1.0, "tokens": 2}} if at else {}},
+        )
+        for at in range(3)
+    ]
+    items[2].said["tuned"] = [Said("none", **shape, dropped_turns=2)]
+    suite.score(items)
+    said = command._warnings(figures([suite], items), items)
+    assert "records: numeric: cannot be said of any item of the tuned model" in said
+    assert "records: perplexity of the reference: cannot be said of 1 items of the tuned model" in said
+    assert "1 prompts are without their oldest turns, so that they fit into the model's context" in said
+
+
+def test_a_model_whose_own_account_is_odd_is_evaluated_all_the_same(tmp_path):
+    for record in ({"data": None}, {"data": {"files": [{"path": 3}]}}, {"data": {"files": [{"path": "a"}]}}, {}):
+        assert command._data_of(record) == "unknown"
+    (tmp_path / "loss.svg").write_bytes(b"<svg>\xff</svg>")
+    assert command._curve({"Model": tmp_path}) == "<svg>\ufffd</svg>"
+
+
+def test_two_at_once_do_not_share_a_folder(root, tmp_path):
+    out = tmp_path / "out"
+    with command.locked(out):
+        with pytest.raises(UsageError, match="another run works there"), command.locked(out):
+            pass
+        (out / "file").write_text("")
+    assert out.exists()
+    (out / "file").unlink()
+    with command.locked(out):
+        pass
+    assert not out.exists()  # nothing came into it
+
+
+def test_a_template_that_is_missing_is_said_before_weights_are_read(root, tmp_path):
+    shutil.copytree(root / "tuned", tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(InstilError, match="no chat template of its own"):
+        command.evaluate(
+            options=command.EvaluateOptions(**arguments(root, model=str(tmp_path / "model"), output=tmp_path / "new"))
+        )
     assert not (tmp_path / "new").exists()
 
 
@@ -392,7 +459,8 @@ def test_answers_outlive_a_scoring_that_breaks_off(root, tmp_path, capsys):
             )
         said = capsys.readouterr().err
         assert f"{out / 'items.jsonl'} has what the models said" in said
-        assert f"instil evaluate --rescore {out} --judge-url {judge.url} --judge-model j" in said
+        command_line = f"instil evaluate --rescore {out} --judge-url {judge.url} --judge-model j --judge-key-env ''"
+        assert f"{command_line} --judge-cache {tmp_path / 'kept'} --criteria coherence\n" in said
         assert {path.name for path in out.iterdir()} == {"items.jsonl", "evaluation.json"}
         before = read_items(out)
         assert [len(item.said["tuned"]) for item in before] == [1] * 7

@@ -10,6 +10,9 @@ from statistics import fmean
 
 import pytest
 
+from instil.cli.sweep import SweepOptions
+from instil.errors import UsageError
+
 from .small import environment, make_folder
 
 RUN = {
@@ -163,6 +166,10 @@ def test_everything_wrong_is_said_at_once_before_anything_is_trained(folder):
     assert "--vary: --adapter lore: must be none or lora; did you mean 'lora'?" in values
     assert values.count("\n") == 4  # these, and a note on the file's seed
     assert "stands twice" in sweep(folder, *given, "--vary", "prompt_weight=0,0.0", code=2).stderr
+    with pytest.raises(UsageError, match="each run reads the data anew"):
+        SweepOptions(vary=["a=1"], eval=["e"], output="none", data=["-"])
+    with pytest.raises(UsageError, match="--metric f2: there is no such metric"):
+        SweepOptions(vary=["a=1"], eval=["e"], output="none", metric=["f2"])
     assert not (folder / "none").exists()
 
 
@@ -179,6 +186,16 @@ def test_more_mistakes(folder):
     bad = ["--config", "run.yaml", *VARIED, "--eval", "bad.jsonl", "--output", "none"]
     assert "bad.jsonl:1: metric: there is no metric 'f2'" in sweep(folder, *bad, code=2).stderr
     assert not (folder / "none").exists()
+
+
+@pytest.mark.prove
+def test_a_metric_is_measured_while_the_runs_are_trained(folder):
+    measured = {**RUN, "eval_data": "eval.jsonl", "eval_metric": "token_f1", "eval_max_new_tokens": 4}
+    (folder / "measured.yaml").write_text(json.dumps(measured))
+    given = ["--config", "measured.yaml", *VARIED, "--seeds", "1", "--eval", "eval.jsonl", "--max-new-tokens", "4"]
+    sweep(folder, *given, "--output", "measured")
+    lines = (folder / "measured" / NAMES[0] / "seed-0" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[0])["metric"] == "token_f1"
 
 
 @pytest.mark.prove

@@ -143,7 +143,8 @@ def test_rows_that_are_left_out_are_said_before_anything_is_trained(folder):
     kept, dropped = map(int, rows.groups())
     assert kept + dropped == ROWS
     assert dropped > 10
-    assert re.search(rf"rows not whole +{dropped} dropped \(longer than max_length\); 1 rejected: ", shown)
+    named = r"\(bad\.jsonl:\d+, bad[^)]*, …\)"
+    assert re.search(rf"rows not whole +{dropped} dropped \(longer than max_length\) {named}; 1 rejected: ", shown)
     assert re.search(rf"held out +read 50, kept {kept}, dropped {dropped}\n", shown)
     assert re.search(rf"held out and trained +{kept}\n", shown)
 

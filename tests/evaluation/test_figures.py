@@ -106,6 +106,8 @@ def test_items_come_back_as_they_were_written(tmp_path):
     ]
     write_items(tmp_path, items)
     assert read_items(tmp_path) == items
+    write_items(tmp_path, [Item("s", "b\udcffd.jsonl:1")])
+    assert read_items(tmp_path) == [Item("s", "b?d.jsonl:1")]
     (tmp_path / "items.jsonl").write_text('{"suite": "s", "id": "1"}\n[1]\nno\n{"suite": "s", "idd": "1"}\n')
     with pytest.raises(DataError) as caught:
         read_items(tmp_path)

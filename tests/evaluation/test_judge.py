@@ -631,6 +631,36 @@ def test_bad_answers_are_named(tmp_path):
         read_questions(write(tmp_path / "none.jsonl"))
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        "{nope",
+        "[1]",
+        {"choices": [3]},
+        {"choices": "none"},
+        completion(5),
+        completion("[[3]]", finish=7),
+        {**completion("[[3]]"), "usage": {"total_tokens": "many"}},
+        {**completion("[[3]]"), "usage": [1]},
+    ],
+)
+def test_what_is_no_completion_is_told_of_and_not_kept(server, endpoint, body):
+    server.answer = lambda request, number: (200, {}, body)
+    with pytest.raises(UsageError, match=r"what came (is no chat completion|cannot be read)"):
+        judge_single([QUESTIONS[3]], {"four": ("a",)}, endpoint)
+    assert not [*endpoint.cache.glob("*")]
+
+
+def test_a_place_that_keeps_no_replies_is_refused_before_anything_is_asked(server, endpoint, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UsageError, match="is no folder"):
+        replace(endpoint, cache=tmp_path / "file").check()
+    with pytest.raises(UsageError, match="NO_SUCH_KEY"):
+        replace(endpoint, api_key_env="NO_SUCH_KEY").check()
+    endpoint.check()
+    assert server.requests == []
+
+
 def test_answers_that_do_not_fit_the_questions(server, endpoint):
     with pytest.raises(UsageError, match=r"the model has not .*2 questions: 1 \(1 answers to 2 turns\), four \(0"):
         judge_single(QUESTIONS, {"1": ("a",), "2": ("a", "b"), "3": ("a", "b")}, endpoint)

@@ -230,6 +230,32 @@ def test_the_label_of_a_text(text, labels, label):
     assert label_of(text, labels) == label
 
 
+FRUITS = ("pear", "fig", "apple", "star apple", "lemon")
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        ("Three fruits are the pear, the fig and the lemon.", True),
+        ("1. Lemon\n2. FIG\n3. star  apple", True),  # an apple within is none
+        ("pear, fig, apple", True),
+        ("pear, fig, pear", False),
+        ("pear, fig, stone", False),
+        ("pear, fig, apple, lemon", False),
+        ("pears, fig-tree, lemon", False),
+        ("", False),
+    ],
+)
+def test_a_list_is_right_in_any_order(answer, right):
+    assert score("list_of", [Item(answer, labels=FRUITS, count=3)]) == [{"list_of": float(right)}]
+
+
+def test_a_list_that_cannot_be_is_named():
+    with pytest.raises(DataError) as caught:
+        score("list_of", [Item("a", count=1), Item("a", labels=FRUITS), Item("a", labels=FRUITS, count=6)])
+    assert [problem.field for problem in caught.value.problems] == ["labels", "count", "count"]
+
+
 @pytest.mark.parametrize(
     ("answer", "code"),
     [

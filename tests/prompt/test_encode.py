@@ -399,6 +399,67 @@ def test_pairs_that_teach_nothing_are_dropped(encoded, answers, status, labels, 
     assert (one.status, [exchange.label for exchange in one.exchanges], one.reason) == (status, labels, reason)
 
 
+def trajectory(*turns):
+    """A row whose conversations are given whole, the chosen one first."""
+    conversations = tuple(Conversation(tuple(messages)) for messages in turns)
+    labels = ("chosen", *["rejected"] * (len(turns) - 1))
+    return Record(Source("a.jsonl", 1), "preference", "preference", conversations, labels)
+
+
+def test_an_answer_of_several_turns_is_compared_whole(encoded):
+    """From where the conversations part, each turn with the prompt it is served with; what is common is no answer."""
+    shared = [user("Name a prime"), assistant("Seven."), user("another")]
+    one = encoded(
+        trajectory(
+            [*shared, assistant("eleven"), user("why?"), assistant("it is prime")],
+            [*shared, assistant("twelve")],
+            [*shared, assistant("nine"), user("really?"), assistant("no")],
+        )
+    )
+    assert [each.label for each in one.exchanges] == ["chosen", "more", "rejected", "rejected", "more"]
+    texts = [each.completion_text for each in one.exchanges]
+    assert all(
+        text.startswith(said) for text, said in zip(texts, ["eleven", "it is", "twelve", "nine", "no"], strict=True)
+    )
+    firsts = [one.exchanges[at].prompt_ids.tolist() for at in (0, 2, 3)]
+    assert firsts[0] == firsts[1] == firsts[2]
+    assert "why?" in one.exchanges[1].prompt_text
+    assert one.status == "kept"
+
+
+def test_an_answer_that_lacks_a_turn_is_compared_with_none(encoded):
+    shared = [user("Is it?")]
+    long = [*shared, assistant("yes"), user("why?"), assistant("word " * 50)]
+    one = encoded(trajectory([*shared, assistant("no")], long, [*shared, assistant("never")]), max_length=40)
+    assert [each.label for each in one.exchanges] == ["chosen", "rejected"]
+    assert one.status == "cut"
+    none = encoded(trajectory(long, [*shared, assistant("no")]), max_length=40)
+    assert (none.status, none.exchanges) == ("dropped", ())
+
+
+def test_prompts_that_were_not_cut_alike_are_not_compared(encoded):
+    asked = [user("word " * 8), assistant("yes"), user("Is it?")]
+    answers = [*asked, assistant("no")], [*asked, assistant("word " * 6)]
+    whole = encoded(trajectory(*answers))
+    between = max(map(len, whole.exchanges)) - 1
+    assert min(map(len, whole.exchanges)) <= between
+    one = encoded(trajectory(*answers), max_length=between, on_too_long="cut-prompt")
+    assert (one.status, one.exchanges) == ("dropped", ())
+    assert "the prompts of chosen and rejected were not cut alike" in one.reason
+
+
+def test_answers_of_the_same_tokens_are_not_compared(encoded, tmp_path):
+    """The template strips what is around an answer."""
+    file = tmp_path / "t.jinja"
+    file.write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    one = encoded(preference([user("Is it?")], "yes", "yes ", "no"), template=str(file))
+    assert [each.label for each in one.exchanges] == ["chosen", "rejected"]
+    assert one.reason == "the tokens of a rejected answer are those of the chosen one"
+
+
 @pytest.mark.parametrize("long", ["chosen", "rejected"])
 def test_half_a_pair_is_dropped(encoded, long):
     answers = {"chosen": "yes", "rejected": "no", long: "word " * 50}

@@ -16,6 +16,7 @@ from instil.objectives.preference import Kto, Preference, with_others
 from instil.packing import TokenTree, concatenate, merge
 from instil.packing.tree import expand
 from instil.training import reference
+from instil.training.events import Step, chosen_fell
 from instil.training.loop import evaluate, fit
 from instil.training.options import TrainOptions
 from instil.training.reference import with_reference
@@ -209,6 +210,7 @@ def test_kto_is_that_of_separate_sequences(labels):
         assert other != row[0].completion_ids.tolist()
         strange.append(labelled(row[0].prompt_ids.tolist(), other, "other"))
     assert len({tuple(each.completion_ids.tolist()) for each in strange}) == len(rows)
+    assert merge(trees).trained == sum(len(each.completion_ids) for row in rows for each in row)
     ratios = [log_prob(plain, [each])[0] - log_prob(before, [each])[0] for each in strange]
     divergence = max(0.0, float((sum(ratios) / len(ratios)).detach()))
     losses = []
@@ -349,7 +351,12 @@ def test_two_batches_give_each_row_its_own():
     trees = trees_of(pair_rows(9))
     model = reader(gpt2(seed=3).double())
     whole = with_reference(model, trees)[0]
-    parts = with_reference(model, trees, tokens_per_batch=max(tree.size for tree in trees))[0]
+    told = []
+    parts, _ = with_reference(
+        model, trees, tokens_per_batch=max(tree.size for tree in trees), telling=lambda *done: told.append(done)
+    )
+    assert told == [(number, len(told)) for number in range(len(told))]
+    assert len(told) > 2
     for one, other in zip(whole, parts, strict=True):
         assert one.exchange_reference.tolist() == pytest.approx(other.exchange_reference.tolist(), abs=1e-10)
     assert len({round(float(each), 6) for tree in whole for each in tree.exchange_reference}) > 20
@@ -366,3 +373,19 @@ def test_supervised_evaluation_is_as_it_was():
 def test_named_trees_name_their_rows():
     trees = trees_of(pair_rows(2))
     assert reference.NamedTrees(trees, trees).name(1) == "row 1"
+
+
+def histories(values, name="chosen_reward", **more):
+    return [Step(n, 1.0, 1e-4, 1.0, 9, 9, 1.0, 1.0, {name: value, **more}) for n, value in enumerate(values, 1)]
+
+
+def test_it_is_said_where_chosen_answers_become_less_likely():
+    with_reference = {"chosen_logp": -9.0, "kl": 1.0}
+    assert chosen_fell(histories([0.5] * 20 + [-0.1] * 10, **with_reference)) is not None
+    assert chosen_fell(histories([-0.5] * 20 + [0.1] * 10, **with_reference)) is None
+    assert chosen_fell(histories([-0.5] * 9, **with_reference)) is None  # too few to say
+    falling, noise = np.linspace(-50, -80, 40), np.random.default_rng(0).normal(-50, 20, 40)
+    assert "at the beginning" in chosen_fell(histories(falling, "chosen_logp"))
+    assert chosen_fell(histories(noise, "chosen_logp")) is None
+    assert chosen_fell(histories(falling[::-1], "chosen_logp")) is None
+    assert chosen_fell([replace(step, measures={}) for step in histories(falling)]) is None

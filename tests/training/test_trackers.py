@@ -16,10 +16,13 @@ from instil.training.config import TrainConfig
 from instil.training.events import Evaluation, Resolved, Step
 from instil.training.trackers import check_trackers, trackers
 
-STEPS = [Step(n, 2.0 / n, 1e-4 * n, 0.5 + n, 100 * n, 40 * n, 1234.5, 0.25 * n) for n in (1, 2, 3, 4)]
+STEPS = [
+    Step(n, 2.0 / n, 1e-4 * n, 0.5 + n, 100 * n, 40 * n, 1234.5, 0.25 * n, {"reward_margin": 0.125 * n})
+    for n in (1, 2, 3, 4)
+]
 EVALUATIONS = {0: Evaluation(0, 2.5, True, 0.0), 2: Evaluation(2, 1.5, True, 0.6), 4: Evaluation(4, 1.75, False, 1.1)}
 RESOLVED = Resolved(4, 2.0, 2048, {"learning_rate": 3e-4, "attention": "token trees"})
-NAMES = [name for name in asdict(STEPS[0]) if name != "step"]
+NAMES = [name for name in asdict(STEPS[0]) if name not in ("step", "measures")]
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +73,7 @@ def feed(config, steps=STEPS, error=None):
 def expected(steps=STEPS):
     """Every series as `(step, value)`."""
     series = {name: [(step.step, pytest.approx(getattr(step, name))) for step in steps] for name in NAMES}
+    series["reward_margin"] = [(step.step, pytest.approx(step.measures["reward_margin"])) for step in steps]
     return {**series, "eval_loss": [(step, each.eval_loss) for step, each in EVALUATIONS.items()]}
 
 
@@ -251,7 +255,10 @@ def test_trackio(config, tmp_path):
     assert done.returncode == 0, done.stderr
     names, logs = json.loads(done.stdout)  # and nothing of Trackio's own
     assert names == ["tuned"]
-    series = {name: [(log["step"], log[name]) for log in logs if name in log] for name in [*NAMES, "eval_loss"]}
+    series = {
+        name: [(log["step"], log[name]) for log in logs if name in log]
+        for name in [*NAMES, "reward_margin", "eval_loss"]
+    }
     assert series == expected()
 
 

@@ -5,16 +5,13 @@ import warnings
 
 import datasets
 import pytest
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerFast
 
 from instil.training.loop import fit
 from instil.training.options import TrainOptions
 from instil.training.steps import Steps
 
-from .tiny import VOCABULARY, Witness, furthest, llama, make_rows, one_thread, reader, trees_of, weights_of
+from .tiny import Witness, furthest, llama, make_rows, one_thread, reader, tokenizer, trees_of, weights_of
 
 STEPS, WARMUP, BUDGET = 20, 4, 128
 RATE = 5e-3
@@ -24,11 +21,6 @@ RATE = 5e-3
 def single_thread():
     with one_thread():
         yield
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = {f"w{number}": number for number in range(VOCABULARY)}
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, "w0")), eos_token="w0", pad_token="w0")
 
 
 def sft(model, rows, micro_batches, folder, **arguments) -> list[dict[str, float]]:

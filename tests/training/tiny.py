@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from instil.model.forward import TreeModel
 from instil.packing import TokenTree
@@ -51,7 +53,13 @@ def gpt2(*, dropout: float = 0.0, seed: int = 0) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config)
 
 
-def exchange(prompt: Sequence[int], completion: Sequence[int], prompt_weight: float = 0.0) -> Exchange:
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One for trainers that ask for it to pad with."""
+    words = {f"w{number}": number for number in range(VOCABULARY)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, "w0")), eos_token="w0", pad_token="w0")
+
+
+def exchange(prompt: Sequence[int], completion: Sequence[int], prompt_weight: float = 0.0, label: str = "") -> Exchange:
     return Exchange(
         prompt_text="",
         completion_text="",
@@ -60,6 +68,7 @@ def exchange(prompt: Sequence[int], completion: Sequence[int], prompt_weight: fl
         completion_ids=np.array(completion, np.int32),
         completion_weights=np.ones(len(completion), np.float32),
         boundary="compared",
+        label=label,
     )
 
 

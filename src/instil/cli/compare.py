@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from instil.cli.chat import ChatOptions, answers, prompts
 from instil.cli.generating import inert, missing, notes, shown
-from instil.cli.rows import write_page
+from instil.cli.rows import check_page, write_page
 from instil.errors import UsageError
 from instil.evaluation.report import Answered, Page, to_html
 
@@ -38,6 +38,8 @@ class CompareOptions(ChatOptions):
             raise UsageError("--prompts: is missing, and so is --prompt", "Give --prompts FILE or --prompt TEXT.")
         if self.html is not None and self.as_json:
             raise UsageError("--html and --json: both were given", "Give one.")
+        if self.html is not None:
+            check_page(self.html)
         return self
 
 
@@ -81,14 +83,13 @@ def _check(models: Sequence[str], options: ChatOptions) -> None:
     if twice:
         raise UsageError(f"{twice[0]}: is named twice", "Name each model once.")
     try:
-        from instil.inference.load import tokenizer_of
+        from instil.inference.load import renderer_of, tokenizer_of
     except ModuleNotFoundError as error:
         raise missing(error) from error
     from instil.model.options import ModelOptions
-    from instil.prompt import load_renderer
 
     for model in models:
-        load_renderer(tokenizer_of(ModelOptions(model=model)), options.prompt_options())
+        renderer_of(tokenizer_of(ModelOptions(model=model)), options.prompt_options())
 
 
 def _asked(options: ChatOptions, given: Sequence[Record]) -> tuple[list[Reply], str]:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from instil.cli.generating import missing, shown
 from instil.cli.main import REMEDIES
@@ -31,6 +31,8 @@ from instil.evaluation.items import (
     write_evaluation,
     write_items,
 )
+from instil.evaluation.judge import CRITERIA
+from instil.evaluation.metrics import METRICS
 from instil.evaluation.report import SHOWN, Page, SideBySide, compared, to_html
 from instil.evaluation.statistics import check_installed
 from instil.inference.options import SamplingOptions
@@ -63,6 +65,7 @@ _TO_RESCORE = (
 )
 _TASKS = "tasks of EleutherAI's harness"
 _FEW = 30
+_MARKED = 3
 _TEXTS = 100
 _WIDTH = 132
 _SEED = 1_000_000  # of the bundled plain text: none that the bundled model was trained on
@@ -72,6 +75,8 @@ Switch = Annotated[bool, Parameter(negative=())]
 
 class EvaluateOptions(SamplingOptions, DataOptions):
     """Everything that `instil evaluate` takes."""
+
+    may_be_empty = ("judge_key_env",)
 
     model: str | None = Field(default=None, description="Model or adapter to evaluate: a folder or a hub name.")
     base: str | None = Field(default=None, description="The model that it was tuned from, to be asked the same.")
@@ -91,11 +96,11 @@ class EvaluateOptions(SamplingOptions, DataOptions):
     rescore: Path | None = Field(
         default=None, description="Score the items of this folder anew, as its figures were made; nothing is generated."
     )
-    metric: list[str] = Field(
+    metric: Annotated[list[str], AfterValidator(lambda given: known(given))] = Field(
         default=["exact_match"],
         min_length=1,
-        description="Metrics of records that name none: exact_match, accuracy, token_f1, rouge_l, chrf, bleu, numeric, "
-        "execute.",
+        description="Metrics of records that name none: exact_match, accuracy, list_of, token_f1, rouge_l, chrf, bleu, "
+        "numeric, execute.",
     )
     limit: int | None = Field(default=None, ge=1, description="Only so many items of each suite, evenly spaced.")
     lm_eval_as_text: Switch = Field(
@@ -131,19 +136,17 @@ class EvaluateOptions(SamplingOptions, DataOptions):
         default_factory=list, description="Have the judge rate the answers to --data by these: coherence, helpfulness."
     )
 
-    @field_validator("*", mode="before")
-    @classmethod
-    def _is_not_empty(cls, value: Any, info: ValidationInfo) -> Any:
-        if (value == "" and info.field_name != "judge_key_env") or (isinstance(value, list) and "" in value):
-            raise ValueError("is empty (a shell variable that is not set?)")
-        return value
-
     @model_validator(mode="after")
     def _fits_together(self) -> EvaluateOptions:
         if self.answers > 1:
             raise UsageError(f"--answers {self.answers}: one answer to each item is evaluated", "Leave it out.")
         if (self.judge_url is None) != (self.judge_model is None):
             raise UsageError("--judge-url and --judge-model belong together", "Give both, or neither.")
+        if self.judge_url is not None and not self.judge_url.startswith(("http://", "https://")):
+            raise UsageError(f"--judge-url {self.judge_url}: is no address", "Write it as http://host:port/v1.")
+        for each in self.criteria:
+            if each not in CRITERIA:
+                raise UsageError(f"--criteria {each}: there is no such criterion", nearest(each, CRITERIA))
         if self.rescore is not None:
             others = [_flag(name) for name in self.model_fields_set if name not in _TO_RESCORE]
             if others:
@@ -204,15 +207,11 @@ def evaluate(*, options: Annotated[EvaluateOptions | None, Parameter(name="*")] 
     with locked(folder):
         with bars() as telling:
             loaded, base = _run(options, items, telling)
-        evaluation = Evaluation(
-            _about(options, loaded, time.monotonic() - begun),
-            options.judge_model or "",
-            options.criteria,
-            _trained(options, loaded),
-        )
         write_items(folder, items)
-        write_evaluation(folder, evaluation)
         with _answers_are_kept(options, folder):
+            about = _about(options, loaded, time.monotonic() - begun)
+            evaluation = Evaluation(about, options.judge_model or "", options.criteria, _trained(items, loaded))
+            write_evaluation(folder, evaluation)
             if tasks:
                 evaluation = replace(evaluation, harness=_harness(tasks, loaded, base, options))
                 write_evaluation(folder, evaluation)
@@ -246,13 +245,28 @@ def _answers_are_kept(options: EvaluateOptions, folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        flags = [f"--judge-url {options.judge_url}", f"--judge-model {options.judge_model}"] * bool(options.judge_url)
-        command = ["instil evaluate", f"--rescore {folder}", *flags, *["--execute"] * options.execute]
+        command = ["instil", "evaluate", "--rescore", str(folder)]
+        for name in (each for each in _TO_RESCORE[1:] if each in options.model_fields_set):
+            value = getattr(options, name)
+            values = [] if value is True else value if isinstance(value, list) else [str(value)]
+            command += [_flag(name), *values] if value is not False else []
         sys.stderr.write(
             f"instil: note: {folder / ITEMS} has what the models said; go on, without asking them again, with\n"
-            f"  {' '.join(command)}\n"
+            f"  {shlex.join(command)}\n"
         )
         raise
+
+
+def known(metrics: list[str]) -> list[str]:
+    """The metrics, if there are such.
+
+    Raises:
+        UsageError: There is one that is none.
+    """
+    for name in metrics:
+        if name not in METRICS:
+            raise UsageError(f"--metric {name}: there is no such metric", nearest(name, METRICS))
+    return metrics
 
 
 def _flag(name: str) -> str:
@@ -347,7 +361,7 @@ def _items(suites: Sequence[Suite], limit: int | None) -> list[Item]:
 def _run(options: EvaluateOptions, items: list[Item], telling: Telling) -> tuple[Loaded, Loaded | None]:
     """Have the models answer, and weigh what is to be weighed."""
     try:
-        from instil.inference.load import load_base, load_engine
+        from instil.inference.load import load_base, load_engine, renderer_of, tokenizer_of
     except ModuleNotFoundError as error:
         raise missing(error) from error
     from instil.cli.train import hush
@@ -358,6 +372,8 @@ def _run(options: EvaluateOptions, items: list[Item], telling: Telling) -> tuple
         return ModelOptions(model=name, precision=options.precision, trust_remote_code=options.trust_remote_code)
 
     hush()
+    if any(item.messages for item in items):  # a template that is missing is said before weights are read
+        renderer_of(tokenizer_of(named(options.model)), options.prompt_options())
     tuned = load_engine(named(options.model), options.prompt_options())
     base = load_base(named(options.base), tuned) if options.base is not None else None
     sampling = options.sampling()
@@ -375,7 +391,7 @@ def _finish(folder: Path, suites: Sequence[Suite], items: Sequence[Item], evalua
     """Make the figures, write them and the report, and show them."""
     found, warnings = write_results(folder, suites, items, evaluation)
     _show(found, suites, warnings)
-    sys.stderr.write(f"instil: wrote {folder}: {RESULTS}, {ITEMS}, {REPORT}\n")
+    sys.stderr.write(f"instil: wrote {folder}: {RESULTS}, {ITEMS}, {EVALUATION}, {REPORT}\n")
 
 
 def write_results(
@@ -493,39 +509,53 @@ def _weights(folder: Path) -> str:
 
 
 def _data_of(record: Mapping[str, Any]) -> str:
-    files = record.get("data", {}).get("files", [])
-    return ", ".join(f"{Path(file['path']).name}, SHA-256 begins {file['sha256'][:16]}" for file in files[:3])
+    try:
+        return ", ".join(
+            f"{Path(file['path']).name}, SHA-256 begins {file['sha256'][:16]}" for file in record["data"]["files"][:3]
+        )
+    except (KeyError, TypeError):  # changed by hand, or of rows in memory
+        return "unknown"
 
 
 def _curve(about: Mapping[str, Any]) -> str:
     drawn = Path(str(about.get("Model", ""))) / "loss.svg"
-    return drawn.read_text(encoding="utf-8") if drawn.is_file() else ""
+    return drawn.read_text(encoding="utf-8", errors="replace") if drawn.is_file() else ""
 
 
-def _trained(options: EvaluateOptions, loaded: Loaded) -> str:
-    """The first of the records as training would mark them."""
-    if not options.data:
-        return ""
-    from instil.data import read
+def _trained(items: Sequence[Item], loaded: Loaded) -> str:
+    """The first of a person's own records as training would mark their last answers."""
+    from instil.evaluation.run import record_of
     from instil.prompt import RecordEncoder
     from instil.prompt.inspect import TokenText, to_fragment
 
+    records = [record_of(item) for item in items if item.suite == "records" and item.wanted["references"]][:_MARKED]
+    if not records:
+        return ""
     renderer = loaded.renderer
-    records = read(options.data, format=options.format, columns=options.columns, objective=options.objective)
-    rows = RecordEncoder(renderer, options.prompt_options(), None).encode(list(islice(records, 3)))
+    rows = RecordEncoder(renderer, PromptOptions(train_on="last"), None).encode(records)
     return to_fragment(rows, TokenText(renderer.tokenizer), frozenset(renderer.encoder.controls.values()))
 
 
-def _warnings(figures: Sequence[Figure], items: Sequence[Item]) -> list[str]:
-    """What deserves a look."""
-    too_long = [item.id for item in items if any(said.ended == TOO_LONG for said in item.said.get("tuned", ()))]
+def unasked(items: Sequence[Item]) -> list[str]:
+    """Which prompts the tuned model was not given, or not whole."""
     found = []
+    too_long = [item.id for item in items if any(said.ended == TOO_LONG for said in item.said.get("tuned", ()))]
     if too_long:
         some = ", ".join(too_long[:5]) + (" and others" if len(too_long) > 5 else "")
         found.append(f"{len(too_long):,} prompts are longer than the model takes, and count as not answered: {some}")
     cut = sum(any(said.dropped_turns for said in item.said.get("tuned", ())) for item in items)
     if cut:
         found.append(f"{cut:,} prompts are without their oldest turns, so that they fit into the model's context")
+    return found
+
+
+def _warnings(figures: Sequence[Figure], items: Sequence[Item]) -> list[str]:
+    """What deserves a look."""
+    from instil.evaluation.suites import promised
+
+    found = unasked(items)
+    unknown = promised(items).difference((each.suite, each.measure) for each in figures)
+    found += [f"{suite}: {name}: cannot be said of any item of the tuned model" for suite, name in sorted(unknown)]
     for each in figures:
         if each.family:
             continue

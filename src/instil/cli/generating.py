@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
+from instil.data.options import Given
 from instil.errors import UsageError
 from instil.inference.options import SamplingOptions
 from instil.model.options import ModelOptions
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 _INERT = {code: sign for code, sign in VISIBLE.items() if chr(code) not in " \n\t"}
 
 
-class GenerationOptions(SamplingOptions):
+class GenerationOptions(Given, SamplingOptions):
     """A model, how it generates, and where its answers go."""
 
     model: str = Field(description="Model or adapter: a folder or a hub name, with weights in safetensors.")
@@ -42,13 +43,6 @@ class GenerationOptions(SamplingOptions):
     trust_remote_code: bool = Field(
         default=False, description="Run the Python code that comes with the model; only from a source you trust."
     )
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _is_not_empty(cls, value: Any) -> Any:
-        if value == "":
-            raise ValueError("is empty (a shell variable that is not set?)")
-        return value
 
     @model_validator(mode="after")
     def _can_be_written(self) -> GenerationOptions:

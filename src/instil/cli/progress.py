@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -16,7 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from instil.training.events import Evaluation, Resolved, Step
+from instil.training.events import Evaluation, Resolved, Step, chosen_fell
 
 _GIB = 1 << 30
 
@@ -36,8 +37,11 @@ class Progress:
         self._seconds = seconds
         self._steps = 0
         self._said_at = 0.0
+        self._prepared_at = time.monotonic()
         self._evaluation: Evaluation | None = None
         self._bar: Live | None = None
+        self._history: list[Step] = []
+        self._warned = False
 
     def __enter__(self) -> Progress:
         return self
@@ -48,6 +52,14 @@ class Progress:
         with self._heard():
             if self._bar is not None:
                 self._bar.stop()
+
+    def preparing(self, what: str, done: int, of: int) -> None:
+        """Say how far it is, if the last line is some time ago."""
+        now = time.monotonic()
+        if now - self._prepared_at >= self._seconds:
+            self._prepared_at = now
+            with self._heard():
+                self._print(f"{what}: {done:,} of {of:,} batches")
 
     def started(self, resolved: Resolved) -> None:
         """Show what was resolved; begin the bar."""
@@ -84,6 +96,10 @@ class Progress:
             self._bar.start()
 
     def _step(self, step: Step) -> None:
+        self._history.append(step)
+        if not self._warned and (fell := chosen_fell(self._history)):
+            self._warned = True
+            self._print(f"note: step {step.step:,}: {fell}")
         left = f"{timedelta(seconds=round(step.seconds / step.step * max(0, self._steps - step.step)))} left"
         if self._bar is not None:
             self._bar.update(self._drawn(step.step, left, self._said(step)))
@@ -97,6 +113,7 @@ class Progress:
         trained = step.tokens_per_second * step.trained_tokens / max(1, step.tokens)
         parts = [
             f"loss {step.loss:.4f}",
+            compared(step.measures),
             f"held out {_measured(self._evaluation)}" if self._evaluation is not None else "",
             f"lr {step.learning_rate:.2e}",
             f"{step.tokens_per_second:,.0f} tokens/s, {trained:,.0f} trained",
@@ -138,9 +155,16 @@ def _shown(value: Any) -> str:
 
 
 def _measured(evaluation: Evaluation) -> str:
-    """The loss, and the metric where there is one."""
-    metric = "" if evaluation.value is None else f", {evaluation.metric} {evaluation.value:.4f}"
-    return f"{evaluation.eval_loss:.4f}{metric}"
+    """The loss, and what else is measured."""
+    metric = "" if evaluation.value is None else f"{evaluation.metric} {evaluation.value:.4f}"
+    return ", ".join(filter(None, [f"{evaluation.eval_loss:.4f}", metric, compared(evaluation.measures)]))
+
+
+def compared(measures: Mapping[str, float]) -> str:
+    """How answers that are compared stand; "" where none are."""
+    if "reward_accuracy" not in measures:
+        return ""
+    return f"accuracy {measures['reward_accuracy']:.1%}, margin {measures['reward_margin']:.4f}"
 
 
 def _memory() -> str:

@@ -9,15 +9,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from instil.data.options import Given
 from instil.errors import UsageError
 from instil.evaluation.report import Bar, Compared, Page, SideBySide, to_html
 from instil.evaluation.statistics import Share
@@ -40,10 +41,8 @@ _NAMES = {
 _SHOWN_CHARACTERS = 100
 
 
-class QuickstartOptions(BaseModel):
+class QuickstartOptions(Given):
     """What the quickstart may be told."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     output: Path = Field(
         default=Path("instil-quickstart"),
@@ -65,13 +64,6 @@ class QuickstartOptions(BaseModel):
     with_preferences: bool = Field(
         default=False, description="Then align the tuned model by preference pairs, and show all three stages."
     )
-
-    @field_validator("output", "data", mode="before")
-    @classmethod
-    def _is_not_empty(cls, value: Any) -> Any:
-        if value in ("", Path()):
-            raise ValueError("is empty (a shell variable that is not set?)")
-        return value
 
 
 def quickstart(*, options: Annotated[QuickstartOptions | None, Parameter(name="*")] = None) -> None:

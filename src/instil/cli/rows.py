@@ -38,13 +38,6 @@ class RowOptions(PromptOptions, DataOptions):
         default=False, description="Count over the whole data set instead of showing rows."
     )
 
-    @field_validator("*", mode="before")
-    @classmethod
-    def _is_not_empty(cls, value: Any) -> Any:
-        if value == "" or (isinstance(value, list) and "" in value):
-            raise ValueError("is empty (a shell variable that is not set?)")
-        return value
-
     @field_validator("rows")
     @classmethod
     def _is_a_range(cls, value: str | None) -> str | None:
@@ -67,7 +60,7 @@ class RowOptions(PromptOptions, DataOptions):
         if self.rejects is not None and not self.summary and self.selected()[1] is not None:
             raise UsageError("--rejects needs all rows", "Use --json or --summary, or show all rows with --rows 1:.")
         if self.html is not None:
-            _check_page(self.html, self.rejects)
+            check_page(self.html, self.rejects)
         return self
 
     def selected(self) -> tuple[int, int | None]:
@@ -163,7 +156,7 @@ def _without_source(problem: RowProblem) -> str:
     return str(problem).removeprefix(f"{problem.source}: ")
 
 
-def _check_page(path: Path, rejects: Path | None) -> None:
+def check_page(path: Path, rejects: Path | None = None) -> None:
     """Refuse a place where no page can be, or where something else would be lost: data, a template, a tokenizer."""
     if path.is_dir() or (path.exists() and not path.is_file()):
         raise UsageError(f"--html {path}: is no file", "Name a file, as in page.html.")

@@ -17,7 +17,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from instil.cli.curve import draw
-from instil.training.events import best_of
+from instil.training.events import best_of, lately
 from instil.training.files import plain
 from instil.training.runs import Run, find_runs, read_run
 
@@ -108,6 +108,7 @@ def _facts(run: Run) -> dict[str, str]:
             else None
         ),
         **_metric(run),
+        **_measures(run),
         "weights": f"those of step {kept:,}" if outcome else None,
         "stopped early": "yes" if outcome.get("stopped_early") else None,
         "base model": record.get("base_model"),
@@ -125,6 +126,17 @@ def _metric(run: Run) -> dict[str, str]:
     said = f"{_number(first.value)} to {_number(run.evaluations[-1].value)}"
     said += f", at best {_number(best.value)} after step {best.step:,}" if best else ""
     return {f"held-out {first.metric}": said}
+
+
+def _measures(run: Run) -> dict[str, str]:
+    """What the objective measures beside its loss: over the last steps, and on held-out rows."""
+    held_out = run.evaluations[-1].measures if run.evaluations else {}
+    several = {"over the last steps": lately(run.history), "held out": held_out}
+    return {
+        when: ", ".join(f"{name.replace('_', ' ')} {_number(value)}" for name, value in measures.items())
+        for when, measures in several.items()
+        if measures
+    }
 
 
 def _changed(run: Run) -> dict[str, Any]:
@@ -161,6 +173,8 @@ def _series(run: Run) -> dict[str, Any]:
         "losses": [[each.step, each.loss] for each in run.history],
         "eval_losses": [[each.step, each.eval_loss] for each in run.evaluations],
         "eval_metrics": [[each.step, each.metric, each.value] for each in run.evaluations if each.metric],
+        "measures": [[each.step, each.measures] for each in run.history if each.measures],
+        "eval_measures": [[each.step, each.measures] for each in run.evaluations if each.measures],
     }
 
 
@@ -169,7 +183,8 @@ def _print_curve(console: Console, run: Run) -> None:
     marks = [(float(each.step), each.eval_loss) for each in run.evaluations]
     drawn = draw(line, marks, width=min(console.width, _CURVE))
     if drawn:
-        legend = "Loss in nats a token, by step" + (": the line is the training's, o held out" if marks else "")
+        unit = "nats" if any(each.measures for each in run.history) else "nats a token"
+        legend = f"Loss in {unit}, by step" + (": the line is the training's, o held out" if marks else "")
         console.print(Text(f"\n{legend}", "bold"), soft_wrap=True)
         console.print(Text("\n".join(drawn)), soft_wrap=True)
 

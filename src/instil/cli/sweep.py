@@ -16,12 +16,13 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any, get_origin
 
 from cyclopts import Parameter
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from instil.cli import config as files
 from instil.cli.compare import free
-from instil.cli.evaluate import REPORT, RESULTS, EvaluateOptions, Switch, bars, locked, write_results
+from instil.cli.evaluate import REPORT, RESULTS, EvaluateOptions, Switch, bars, known, locked, unasked, write_results
 from instil.cli.main import reason
+from instil.data.options import Given
 from instil.errors import DataError, InstilError, RowProblem, TrainingError, UsageError, nearest
 from instil.evaluation.items import Evaluation, Item, read_items, spaced, write_evaluation, write_items
 from instil.evaluation.report import SHOWN, Answered, Page, compared, to_html
@@ -29,7 +30,7 @@ from instil.evaluation.statistics import check_installed
 from instil.inference.options import SamplingOptions
 from instil.training.config import TrainConfig
 from instil.training.files import RECORD, write_json
-from instil.training.output import run_state
+from instil.training.output import check_output, run_state
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -51,10 +52,8 @@ _WIDTH = 160
 _OF_EVALUATE, _OF_SAMPLING = EvaluateOptions.model_fields, SamplingOptions.model_fields
 
 
-class SweepOptions(BaseModel):
+class SweepOptions(Given):
     """Everything that `instil sweep` takes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     config: Path | None = Field(default=None, description="YAML file with the settings of `instil train`.")
     vary: list[str] = Field(
@@ -66,7 +65,9 @@ class SweepOptions(BaseModel):
     eval: list[str] = Field(
         default_factory=list, description="Held-out records that each tuned model answers: files, folders, globs."
     )
-    metric: list[str] = Field(default=["exact_match"], min_length=1, description=_OF_EVALUATE["metric"].description)
+    metric: Annotated[list[str], AfterValidator(known)] = Field(
+        default=["exact_match"], min_length=1, description=_OF_EVALUATE["metric"].description
+    )
     output: Path | None = Field(default=None, description="Folder that takes the runs, results.json and report.html.")
     model: str | None = Field(default=None, description="Base model, in place of the file's.")
     data: list[str] = Field(default_factory=list, description="Data to train on, in place of the file's.")
@@ -78,13 +79,6 @@ class SweepOptions(BaseModel):
     max_new_tokens: int = Field(default=256, ge=1, description=_OF_SAMPLING["max_new_tokens"].description)
     batch_size: int = Field(default=64, ge=1, description=_OF_SAMPLING["batch_size"].description)
 
-    @field_validator("*", mode="before")
-    @classmethod
-    def _is_not_empty(cls, value: Any) -> Any:
-        if value == "" or (isinstance(value, list) and "" in value):
-            raise ValueError("is empty (a shell variable that is not set?)")
-        return value
-
     @model_validator(mode="after")
     def _is_whole(self) -> SweepOptions:
         for name, remedy in (
@@ -94,6 +88,8 @@ class SweepOptions(BaseModel):
         ):
             if not getattr(self, name):
                 raise UsageError(f"--{name}: is missing", remedy)
+        if "-" in self.data:
+            raise UsageError("--data -: each run reads the data anew", "Write it to a file.")
         return self
 
     def sampling(self) -> SamplingOptions:
@@ -251,6 +247,8 @@ class _Sweep:
             if self._done[setting.name]
         }
         warnings = [f"{runs - done:,} of {runs:,} runs are not there"] if done < runs else []
+        some = next(by_seed for by_seed in self._done.values() if by_seed)
+        warnings += unasked(some[min(some)])  # the same prompts, but for what was varied
         if len(self._asked) < _FEW:
             warnings.append(f"{len(self._asked)} items say little")
         if self._options.seeds == 1:
@@ -409,8 +407,8 @@ def _check_output(options: SweepOptions) -> None:
     if (output / SWEEP).exists():
         if not options.resume:
             raise UsageError(f"--output {output}: a sweep is there", "Go on with --resume, or name a new folder.")
-    elif output.is_dir() and any(output.iterdir()):
-        raise UsageError(f"--output {output}: there is something already", "Name a new folder.")
+    else:
+        check_output(output)
 
 
 def _records(options: SweepOptions, config: TrainConfig) -> Records:
@@ -492,12 +490,12 @@ def _remember(options: SweepOptions, settings: Sequence[Setting], data: Mapping[
 def _train(config: TrainConfig) -> None:
     from instil.cli.progress import Progress
     from instil.cli.stopping import Stopping
-    from instil.cli.train import hush
+    from instil.cli.train import hush, measuring
     from instil.training import train
 
     hush()
     with Progress(settings=False) as progress, Stopping() as stopping:
-        train(config, [progress, stopping], stopping=stopping.asked)
+        train(config, [progress, stopping], stopping=stopping.asked, measure=measuring(config))
     free()
 
 

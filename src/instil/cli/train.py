@@ -16,7 +16,7 @@ from instil.cli.stopping import Stopping
 from instil.errors import UsageError
 from instil.evaluation.held_out import check_metric
 from instil.training.config import TrainConfig, check
-from instil.training.events import Outcome, Watcher
+from instil.training.events import Outcome, Watcher, lately
 
 if TYPE_CHECKING:
     from instil.training.run import Measuring
@@ -96,7 +96,7 @@ def _show(config: TrainConfig) -> None:
     from instil.training import resolve
 
     hush()
-    show_resolved(resolve(config, _measure(config)), Console(highlight=False))
+    show_resolved(resolve(config, measuring(config)), Console(highlight=False))
 
 
 def _train(config: TrainConfig) -> None:
@@ -113,7 +113,7 @@ def _train(config: TrainConfig) -> None:
     speaks = os.environ.get("RANK", "0") == "0"  # of several processes that torchrun started
     with Progress() if speaks else nullcontext() as progress, Stopping() as stopping:
         watchers: list[Watcher] = [stopping, *([progress] if progress else [])]
-        outcome = run(config, watchers, stopping=stopping.asked, measure=_measure(config))
+        outcome = run(config, watchers, stopping=stopping.asked, measure=measuring(config))
     if not speaks:
         return
     notes = "".join(f"instil: note: {note}\n" for note in outcome.notes)
@@ -122,7 +122,7 @@ def _train(config: TrainConfig) -> None:
         sys.stderr.flush()
 
 
-def _measure(config: TrainConfig) -> Measuring | None:
+def measuring(config: TrainConfig) -> Measuring | None:
     """What measures the metric chosen; None where that is the loss."""
     if config.eval_metric == "loss":
         return None
@@ -140,6 +140,8 @@ def hush() -> None:
 
 
 def _summary(outcome: Outcome) -> str:
+    from instil.cli.progress import compared
+
     said = f"{outcome.steps:,} step{'s' if outcome.steps > 1 else ''} in {outcome.seconds:,.0f} seconds"
     if outcome.history:
         said += f", loss {outcome.history[0].loss:.4f} to {outcome.history[-1].loss:.4f}"
@@ -149,6 +151,10 @@ def _summary(outcome: Outcome) -> str:
         metric = last.metric
         said += f", held-out loss {first.eval_loss:.4f} to {last.eval_loss:.4f}"
         said += f", {metric} {first.value:.4f} to {last.value:.4f}" if metric else ""
+        told = compared(last.measures)
+        said += f" ({told})" if told else ""
+    elif outcome.history and (told := compared(lately(outcome.history))):
+        said += f", over the last steps {told}"
     skipped = sum(not step.taken for step in outcome.history)
     if skipped:
         said += f"; {skipped:,} steps were skipped, for their loss or gradient was no finite number"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 ObjectiveName = Literal["supervised", "preference", "pretrain", "dpo", "cdpo", "ipo", "simpo", "orpo", "kto"]
 
@@ -24,10 +24,23 @@ def pairs(value: Any) -> Any:
     return {name.strip(): text for name, _, text in parts}
 
 
-class DataOptions(BaseModel):
-    """Which rows are read, and how they are understood."""
+class Given(BaseModel):
+    """Settings as a person gives them: by names that are known, and none of them empty."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    may_be_empty: ClassVar[tuple[str, ...]] = ()
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_not_empty(cls, value: Any, info: ValidationInfo) -> Any:
+        empty = value == "" or (isinstance(value, list) and "" in value)
+        if empty and info.field_name not in cls.may_be_empty:
+            raise ValueError("is empty (a shell variable that is not set?)")
+        return value
+
+
+class DataOptions(Given):
+    """Which rows are read, and how they are understood."""
 
     data: list[str] = Field(description="Files, folders, globs, - for standard input, hf://owner/name:split.")
     format: str | None = Field(default=None, description="Shape of every row; recognized by its columns.")

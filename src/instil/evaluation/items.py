@@ -126,7 +126,7 @@ def write_items(folder: Path, items: Iterable[Item]) -> None:
     """Write `items.jsonl`, an item a line, whole or not at all."""
     draft = folder / f".{ITEMS}"
     try:
-        with draft.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        with draft.open("w", encoding="utf-8", errors="replace") as file:  # names of files that are no text
             for item in items:
                 values = {name: value for name, value in asdict(item).items() if value not in ("", [], {})}
                 file.write(json.dumps(plain(values), ensure_ascii=False, allow_nan=False) + "\n")

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from sacrebleu import BLEU, CHRF
 
 Scores = dict[str, float]
-Need = Literal["references", "labels", "tests"]
+Need = Literal["references", "labels", "tests", "count"]
 
 _ORDERS = 4  # of n-grams, in BLEU
 _LARGEST = 1e100  # of a number: its square can still be summed
@@ -45,8 +45,9 @@ class Item:
     Args:
         answer: The model's text.
         references: The right answers, any one of which will do.
-        labels: The labels to choose from, for `accuracy`.
+        labels: The labels to choose from, for `accuracy` and `list_of`.
         tests: Python that the program in the answer must pass, for `execute`.
+        count: How many of the labels are asked for, for `list_of`.
         source: Where the record stands, as `file:line`.
     """
 
@@ -54,6 +55,7 @@ class Item:
     references: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
     tests: str = ""
+    count: int = 0
     source: str = ""
 
 
@@ -189,11 +191,16 @@ def label_of(text: str, labels: Sequence[str]) -> str | None:
     by_folded = {_fold(label): label for label in labels}
     if _fold(text) in by_folded:
         return by_folded[_fold(text)]
+    stated = _stated(text, labels)
+    return by_folded[stated.pop()] if len(stated) == 1 else None
+
+
+def _stated(text: str, labels: Sequence[str]) -> set[str]:
+    """The labels that occur in a text as `label_of` has it, their case folded."""
     longest_first = sorted((_spaced(label) for label in labels), key=len, reverse=True)
     choices = "|".join(re.escape(each) if len(each) == 1 else f"(?i:{re.escape(each)})" for each in longest_first)
     found = re.findall(rf"(?<!\w)(?<!\w[-'’])(?:{choices})(?!\w)(?![-'’]\w)", _spaced(text))
-    stated = {_fold(each) for each in found}
-    return by_folded[stated.pop()] if len(stated) == 1 else None
+    return {_fold(each) for each in found}
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,11 +259,15 @@ def problems(name: str, item: Item, index: int = 0) -> list[RowProblem]:
     ]
     if found:
         return found
-    if chosen.name == "accuracy":
+    if "labels" in chosen.needs:
         folded = Counter(_fold(label) for label in item.labels)
         if twice := [label for label in item.labels if folded[_fold(label)] > 1 or not _fold(label)]:
             found.append(RowProblem(source, "labels", f"{twice} are alike or empty", "make each one of its own"))
-        if unknown := [each for each in item.references if _fold(each) not in folded]:
+        if chosen.name == "list_of" and item.count > len(item.labels):
+            reason = f"is {item.count}, and there are {len(item.labels)} labels"
+            found.append(RowProblem(source, "count", reason, "give more labels"))
+        unknown = [each for each in item.references if _fold(each) not in folded]
+        if chosen.name == "accuracy" and unknown:
             found.append(RowProblem(source, "references", f"{unknown} are none of {list(item.labels)}", "name a label"))
     if chosen.name == "numeric" and (bad := [each for each in item.references if number_of(each) is None]):
         found.append(RowProblem(source, "references", f"{bad} state no number", "give a number"))
@@ -281,6 +292,10 @@ def _accuracy(item: Item) -> Scores:
     stated = label_of(item.answer, item.labels)
     right = stated is not None and _fold(stated) in map(_fold, item.references)
     return {"accuracy": float(right), "unparsed": float(stated is None)}
+
+
+def _list_of(item: Item) -> Scores:
+    return {"list_of": float(len(_stated(item.answer, item.labels)) == item.count)}
 
 
 def _token_f1(item: Item) -> Scores:
@@ -426,6 +441,12 @@ METRICS: Mapping[str, Metric] = {
             "the answer states the right label, as `label_of` finds it; `unparsed` counts those that state none",
             _accuracy,
             needs=("references", "labels"),
+        ),
+        _metric(
+            "list_of",
+            "the answer states as many of the labels as were asked for, each found as `label_of` does, in any order",
+            _list_of,
+            needs=("labels", "count"),
         ),
         _metric("token_f1", "F1 of the words, as `normalize` has both (Rajpurkar et al., 2016)", _token_f1),
         _metric(

@@ -190,11 +190,16 @@ def _exchanges(loaded: Loaded, item: Item) -> list[Exchange]:
     references = item.wanted.get("references")
     if not references or not item.messages or item.later_turns:
         return []
-    whole = [*item.messages, {"role": "assistant", "content": references[0]}]
-    record = Record(Source(item.id, 0), "", "conversation", (conversation_of(whole, item.tools),))
-    options = PromptOptions(train_on="last")
-    (row,) = RecordEncoder(loaded.renderer, options, limit).encode([record])
+    (row,) = RecordEncoder(loaded.renderer, PromptOptions(train_on="last"), limit).encode([record_of(item)])
     return [row.exchanges[-1]] if row.exchanges else []
+
+
+def record_of(item: Item) -> Record:
+    """An item with its first reference as its answer."""
+    path, _, line = item.id.rpartition(":")
+    whole = [*item.messages, {"role": "assistant", "content": item.wanted["references"][0]}]
+    source = Source(path, int(line)) if line.isdecimal() else Source(item.id, 0)
+    return Record(source, "messages", "conversation", (conversation_of(whole, item.tools),))
 
 
 def _plain(ids: NDArray[np.int32]) -> Exchange:

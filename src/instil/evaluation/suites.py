@@ -53,8 +53,8 @@ class OwnRecords(Suite):
     """Answers to a person's own held-out records against what stands there, by metrics of their choice.
 
     Args:
-        records: The rows. One may name its `metric` (or several), its `labels`, `tests`, further `references`, and in
-            `family`, `task` or `category` the task it belongs to.
+        records: The rows. One may name its `metric` (or several), its `labels`, `count`, `tests`, further `references`,
+            and in `family`, `task` or `category` the task it belongs to.
         metric: The metrics of rows that name none.
         run: What runs the programs of `execute`; None runs none.
         endpoint: A judge; None for none.
@@ -138,7 +138,7 @@ class OwnRecords(Suite):
         criteria = dict.fromkeys(name for item in items for name in item.scores["tuned"].get("judged", {}))
         for name in criteria:
             yield figure(self.name, _rating(name, lambda s, name=name: s["judged"][name]["rating"]), items)  # type: ignore[misc]
-        yield figure(self.name, PERPLEXITY, [item for item in items if "reference" in item.scores["tuned"]])
+        yield figure(self.name, PERPLEXITY, [item for item in items if item.wanted[_REFERENCES]])
         yield from _shape_figures(self.name, items)
 
 
@@ -356,7 +356,7 @@ class Forgetting(Suite):
 
     def figures(self, items: Sequence[Item]) -> Iterator[Figure | None]:
         """Perplexity, facts, divergence: the mean, and the worst."""
-        texts = [item for item in items if "text" in item.wanted and "reference" in item.scores["tuned"]]
+        texts = [item for item in items if "text" in item.wanted]
         facts = [item for item in items if "rest" in item.wanted]
         yield figure(
             self.name, replace(PERPLEXITY, name="perplexity of plain text", headline=True), texts, **_worst(texts)
@@ -372,9 +372,14 @@ class Forgetting(Suite):
         yield from families
 
 
+def loss_of(scores: Scores) -> float | None:
+    """The loss of a reference or a text, in nats a token; None of one that was not weighed."""
+    return scores["reference"]["loss"] / scores["reference"]["tokens"] if "reference" in scores else None
+
+
 PERPLEXITY = Measure(
     "perplexity of the reference",
-    lambda scores: scores["reference"]["loss"] / scores["reference"]["tokens"],
+    loss_of,
     "perplexity",
     higher_is_better=False,
     weight=lambda scores: scores["reference"]["tokens"],
@@ -403,14 +408,14 @@ def _of_record(record: Record, metric: Sequence[str]) -> Item | RowProblem:
     conversation = record.conversations[0]
     references = _texts(extra.get(_REFERENCES, []))
     messages = conversation.messages
-    if record.kind == "conversation":
-        references = [messages[-1].content, *(references or [])]
-        messages = messages[:-1]
     if references is None or record.later_turns:
         what = "has later turns" if record.later_turns else f"has {_REFERENCES} that are no texts"
         return RowProblem(source, _REFERENCES, what, "give one answer, as text, or a list of them")
+    if record.kind == "conversation":
+        references = [messages[-1].content, *references]
+        messages = messages[:-1]
     wanted[_REFERENCES] = references
-    for name in ("labels", "tests"):
+    for name in ("labels", "tests", "count"):
         if name in extra:
             wanted[name] = extra[name]
     family = next((str(extra[name]) for name in FAMILY_FIELDS if extra.get(name)), "")
@@ -432,6 +437,10 @@ def _unusable(item: Item, *, may_run: bool) -> Iterator[RowProblem]:
         return
     if not isinstance(item.wanted.get("tests", ""), str):
         yield RowProblem(item.id, "tests", "must be Python, as text", "")
+        return
+    count = item.wanted.get("count", 1)
+    if "list_of" in names and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+        yield RowProblem(item.id, "count", f"must be a whole number above 0, and is {count!r}")
         return
     for name in names:
         if name not in metrics.METRICS:
@@ -474,12 +483,29 @@ def held_against(item: Item, who: Who | None = None) -> metrics.Item:
         tuple(wanted[_REFERENCES]),
         tuple(wanted.get("labels", ())),
         wanted.get("tests", ""),
+        wanted.get("count", 0),
         item.id,
     )
 
 
+def promised(items: Sequence[Item]) -> set[tuple[str, str]]:
+    """The suite and the measure of each figure that a person asked for, whether or not anything is known of it."""
+    found = set()
+    for item in items:
+        names = {
+            "records": [*item.wanted.get("metrics", ()), *item.scores["tuned"].get("judged", ())],
+            "judge": ["rating"],
+            "refusals": ["refused though safe" if item.wanted.get("safe") else "answered though unsafe"],
+        }
+        found |= {(item.suite, name) for name in names.get(item.suite, ())}
+    return found
+
+
 def _metrics_of(items: Sequence[Item]) -> list[str]:
     return list(dict.fromkeys(name for item in items for name in item.wanted["metrics"]))
+
+
+_RIGHT_OR_WRONG = ("exact_match", "accuracy", "list_of", "execute")
 
 
 def of_metric(name: str) -> Measure:
@@ -489,7 +515,7 @@ def of_metric(name: str) -> Measure:
 
     def value(scores: Scores) -> bool | float | None:
         found = scores[name].get(name)
-        return bool(found) if found is not None and name in ("exact_match", "accuracy", "execute") else found
+        return bool(found) if found is not None and name in _RIGHT_OR_WRONG else found
 
     return Measure(name, value, units.get(chosen.high, ""), chosen.higher_is_better, chosen.high)
 
@@ -615,11 +641,11 @@ def _shape_figures(suite: str, items: Sequence[Item]) -> Iterator[Figure | None]
 def _worst(texts: Sequence[Item]) -> dict[str, Any]:
     """The text whose loss rose most, in nats a token."""
     rises = {
-        item.id: (PERPLEXITY.value(item.scores["tuned"]), PERPLEXITY.value(item.scores["base"]))
+        item.id: (loss_of(item.scores["tuned"]), loss_of(item.scores["base"]))
         for item in texts
         if "base" in item.scores
     }
-    rose = {name: float(tuned) - float(base) for name, (tuned, base) in rises.items()}  # type: ignore[arg-type]
+    rose = {name: tuned - base for name, (tuned, base) in rises.items() if tuned is not None and base is not None}
     worst = max(rose, key=lambda name: rose[name], default=None)
     return {} if worst is None else {"worst": {"text": worst, "difference": rose[worst]}}
 

@@ -14,14 +14,14 @@ from typing import Any
 
 from instil.evaluation.figures import Figure, Measure, adjusted, figure
 from instil.evaluation.items import Item, Scores, Who
-from instil.evaluation.suites import of_metric
+from instil.evaluation.suites import loss_of, of_metric
 
 Runs = Mapping[str, Mapping[int, Sequence[Item]]]
 """The scored items of each setting, by its name, under each of its seeds."""
 
 LOSS = Measure(
     "held-out loss",
-    lambda scores: scores["reference"]["loss"] / scores["reference"]["tokens"] if "reference" in scores else None,
+    loss_of,
     "nats",
     higher_is_better=False,
     weight=lambda scores: scores["reference"]["tokens"],

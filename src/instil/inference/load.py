@@ -47,16 +47,7 @@ class Loaded:
             UsageError, TemplateError: There is no such template, or the tokenizer has none.
             TokenizerError: The template needs tokens that the model does not know.
         """
-        before = self.tokenizer.added
-        found = load_renderer(self.tokenizer, self.prompt)
-        new = self.tokenizer.added[len(before) :]
-        if new:
-            raise TokenizerError(
-                f"{self.tokenizer.name}: has no token {', '.join(map(repr, new[:3]))}, which the template "
-                f"{found.template.name!r} needs",
-                "Choose the template that the model was trained with.",
-            )
-        return found
+        return renderer_of(self.tokenizer, self.prompt)
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -77,6 +68,25 @@ class Loaded:
         start = self.tokenizer.backend.token_to_id(bos) if bos is not None else None
         spelled = frozenset(found.start() for found in self.encoder.pattern.finditer(text))
         return [*([] if start is None else [start]), *self.encoder.encode(text, spelled)]
+
+
+def renderer_of(tokenizer: Tokenizer, prompt: PromptOptions) -> Renderer:
+    """The renderer of a model that is to answer, whose tokenizer has all that the template needs.
+
+    Raises:
+        UsageError, TemplateError: There is no such template, or the tokenizer has none.
+        TokenizerError: The template needs tokens that the model does not know.
+    """
+    before = tokenizer.added
+    found = load_renderer(tokenizer, prompt)
+    new = tokenizer.added[len(before) :]
+    if new:
+        raise TokenizerError(
+            f"{tokenizer.name}: has no token {', '.join(map(repr, new[:3]))}, which the template "
+            f"{found.template.name!r} needs",
+            "Choose the template that the model was trained with.",
+        )
+    return found
 
 
 def load_engine(options: ModelOptions, prompt: PromptOptions | None = None) -> Loaded:
@@ -169,4 +179,7 @@ def _generation_config(options: ModelOptions, model: nn.Module) -> dict[str, Any
         raise ModelError(f"{file}: not JSON: {error}", "Mend or replace the file.") from error
     if not isinstance(found, dict):
         raise ModelError(f"{file}: must be a JSON object", "Mend or replace the file.")
+    named = found.get("eos_token_id")
+    if not all(each is None or type(each) is int for each in (named if isinstance(named, list) else [named])):
+        raise ModelError(f"{file}: eos_token_id {named!r}: must be the id of a token, or several", "Mend the file.")
     return found

@@ -149,7 +149,7 @@ class Preference:
             return (by_token[chosen] - by_token[rejected] - 1 / (2 * self.beta)) ** 2
         if self.formula == "simpo":
             return -logsigmoid(self.beta * (answers.mean[chosen] - answers.mean[rejected]) - self.margin)
-        odds = answers.mean - torch.log(-torch.expm1(answers.mean))
+        odds = answers.mean - torch.log(-torch.expm1(answers.mean.clamp(max=-_NEXT_TO_NOTHING)))
         return -self.beta * logsigmoid(odds[chosen] - odds[rejected])
 
     def measures(self, sums: Sequence[float]) -> Mapping[str, float]:

@@ -93,6 +93,12 @@ class TokenTree:
         return len(self.exchange_prompt)
 
     @property
+    def trained(self) -> int:
+        """The targets of weight above 0, less those of other rows' answers."""
+        own = self.exchange_label[self.target_exchange] != LABELS.index("other")
+        return int(np.count_nonzero(self.target_weights[own]))
+
+    @property
     def last_targets(self) -> Ints:
         """(E,) int64: the index among the targets of each exchange's last token."""
         return np.searchsorted(self.target_exchange, np.arange(self.exchanges), side="right") - 1

@@ -396,7 +396,7 @@ def _compared(answers: list[list[_Draft]]) -> list[list[_Draft]]:
     """
 
     def without(drafts: list[_Draft], reason: str = "") -> list[_Draft]:
-        return [replace(draft, exchange=None, reason=draft.reason or reason) for draft in drafts]
+        return [replace(draft, exchange=None, reason=reason or draft.reason) for draft in drafts]
 
     def ids(drafts: list[_Draft]) -> list[tuple[bytes, bytes]]:
         exchanges = [draft.exchange for draft in drafts if draft.exchange is not None]

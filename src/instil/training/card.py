@@ -7,15 +7,17 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import yaml
 
 from instil.conversation import Conversation, Message
+from instil.data.shapes import COMPARING
 from instil.errors import TemplateError
 from instil.prompt import Renderer
 from instil.training.config import OF_METRIC
 from instil.training.events import Evaluation, Step
+from instil.training.options import PreferenceOptions
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _QUESTION = Message("user", "Name the capital of Peru.")
@@ -25,6 +27,10 @@ _ANSWERS = (_QUESTION, Message("assistant", "Lima.")), (_GAP, Message("assistant
 _ELSEWHERE = ("data", "eval_data", "output", "model", "init", "tokenizer", "rejects", "cache", "cache_dir", "workers")
 _OF_TRACKERS = ("trackers", "tracker_project", "run_name")
 _OF_LORA = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "rslora", "dora")
+_DRAWN = ("reward_accuracy", "reward_margin")
+_MEASURES = ("reward_accuracy", "reward_margin", "chosen_logp", "rejected_logp", "kl")
+_Points: TypeAlias = "Sequence[tuple[int, float]]"
+_MEASURED = {"training": "Last tenth of training", "held_out": "Held out, last"}
 _WHEN = {"first": "first", "last": "final", "best": "best"}
 
 _USE_MODEL = """\
@@ -109,7 +115,7 @@ def model_card(provenance: Mapping[str, Any], name: str, example: Example | None
 
 
 def draw_loss(path: Path, steps: Sequence[Step], evaluations: Sequence[Evaluation]) -> bool:
-    """Draw loss and learning rate over the steps as SVG, below them the metric of the held-out rows, if there is one.
+    """Draw loss and learning rate over the steps as SVG, below them what else is measured, if there is anything.
 
     Returns:
         False, and no picture, where matplotlib is not installed.
@@ -121,24 +127,17 @@ def draw_loss(path: Path, steps: Sequence[Step], evaluations: Sequence[Evaluatio
         return False
     # Text stays text, and the same run gives the same file.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "instil"}):
-        measured = [e for e in evaluations if e.value is not None]
-        figure = Figure(figsize=(7, 5 if measured else 3.5), layout="constrained")
+        measures = _measures(steps, evaluations)
+        figure = Figure(figsize=(7, 3.5 + 1.5 * len(measures)), layout="constrained")
         axes, *below = figure.subplots(
-            1 + bool(measured), sharex=True, squeeze=False, height_ratios=[5, 2] if measured else None
+            1 + len(measures), sharex=True, squeeze=False, height_ratios=[5, *[2] * len(measures)]
         )[:, 0]
-        axes.plot([s.step for s in steps], [s.loss for s in steps], color="#888888", linewidth=1, label="training")
-        if evaluations:
-            losses = [e.step for e in evaluations], [e.eval_loss for e in evaluations]
-            axes.plot(*losses, color="#c0392b", marker="o", markersize=4, label="held out")
-        for metric in below:
-            metric.plot(
-                [e.step for e in measured], [e.value for e in measured], color="#c0392b", marker="o", markersize=4
-            )
-            metric.set_ylabel(f"held-out\n{measured[0].metric}")
-            metric.grid(alpha=0.3)
+        _draw(axes, [(s.step, s.loss) for s in steps], [(e.step, e.eval_loss) for e in evaluations])
+        for panel, (name, points) in zip(below, measures.items(), strict=True):
+            _draw(panel, *points)
+            panel.set_ylabel(name.replace(" ", "\n", 1))
         (below or [axes])[-1].set_xlabel("step")
-        axes.set_ylabel("loss (nats a token)")
-        axes.grid(alpha=0.3)
+        axes.set_ylabel("loss (nats a token)" if not any(s.measures for s in steps) else "loss (nats)")
         if steps or evaluations:
             axes.legend()
         rate = axes.twinx()
@@ -146,6 +145,29 @@ def draw_loss(path: Path, steps: Sequence[Step], evaluations: Sequence[Evaluatio
         rate.set_ylabel("learning rate", color="#2e86c1")
         figure.savefig(path, format="svg", metadata={"Date": None})
     return True
+
+
+def _measures(steps: Sequence[Step], evaluations: Sequence[Evaluation]) -> dict[str, tuple[_Points, _Points]]:
+    """What is drawn below the loss, by name: of training, and of held-out rows."""
+    metric = [(e.metric, e.step, e.value) for e in evaluations if e.metric is not None and e.value is not None]
+    found: dict[str, tuple[_Points, _Points]] = {}
+    if metric:
+        found[f"held-out {metric[0][0]}"] = [], [(step, value) for _, step, value in metric]
+    for name in _DRAWN:
+        training, held_out = (
+            [(e.step, e.measures[name]) for e in few if name in e.measures] for few in (steps, evaluations)
+        )
+        if training:
+            found[name.replace("_", " ")] = training, held_out
+    return found
+
+
+def _draw(axes: Any, training: _Points, held_out: _Points) -> None:
+    if training:
+        axes.plot(*zip(*training, strict=True), color="#888888", linewidth=1, label="training")
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), color="#c0392b", marker="o", markersize=4, label="held out")
+    axes.grid(alpha=0.3)
 
 
 def _of_text(provenance: Mapping[str, Any]) -> bool:
@@ -162,7 +184,8 @@ def _front_matter(provenance: Mapping[str, Any]) -> str:
     front["library_name"] = "peft" if adapter else "transformers"
     front["pipeline_tag"] = "text-generation"
     taught = [] if _of_text(provenance) else ["instruction-tuning", "conversational"]
-    front["tags"] = ["instil", *taught, *(["lora"] if adapter else [])]
+    compared = [name] if (name := provenance["config"].get("objective")) in COMPARING else []
+    front["tags"] = ["instil", *taught, *compared, *(["lora"] if adapter else [])]
     return "---\n" + yaml.safe_dump(front, sort_keys=False) + "---\n"
 
 
@@ -231,15 +254,26 @@ def _results(provenance: Mapping[str, Any], curve: bool) -> str:
     }
     metric = outcome.get("eval_metric") or {}
     values = {f"Held-out {metric['name']}, {when}": metric[key] for when, key in _WHEN.items()} if metric else {}
-    rows = [(name, f"{value:.4f}") for name, value in (losses | values).items() if value is not None]
+    said = {
+        f"{when}: {name.replace('_', ' ')}": of_it.get(name) for when, of_it in _told(outcome) for name in _MEASURES
+    }
+    rows = [(name, f"{value:.4f}") for name, value in (losses | values | said).items() if value is not None]
     ended = ", ended early" if outcome["stopped_early"] else ""
     rows.append(("Steps", f"{outcome['steps']:,}{ended}"))
     if outcome["best_step"] is not None:
         rows.append(("Weights of step", f"{outcome['best_step']:,}"))
     rows.append(("Tokens trained", f"{outcome['trained_tokens']:,} of {outcome['tokens']:,}"))
     rows.append(("Seconds", f"{outcome['seconds']:,.0f}"))
-    text = "Losses are means of the cross-entropy of trained tokens, in nats.\n\n" + _table(("", ""), rows)
+    objective = provenance["resolved"].get("objective")
+    what = f"of {objective} over the pairs or answers" if objective else "of the cross-entropy of trained tokens"
+    text = f"Losses are means {what}, in nats.\n\n" + _table(("", ""), rows)
     return text + ("\n![Loss over the steps](loss.svg)\n" if curve else "")
+
+
+def _told(outcome: Mapping[str, Any]) -> Iterable[tuple[str, Mapping[str, Any]]]:
+    """What the objective measured beside its loss, and when."""
+    measures = outcome.get("measures") or {}
+    return [(when, measures[key]) for key, when in _MEASURED.items() if measures.get(key)]
 
 
 def _compared(comparison: Mapping[str, Any]) -> str:
@@ -258,6 +292,8 @@ def _hyperparameters(provenance: Mapping[str, Any]) -> str:
     chosen = {key: value for key, value in provenance["config"].items() if key not in (*_ELSEWHERE, *_OF_TRACKERS)}
     if chosen.get("adapter") != "lora":
         chosen = {key: value for key, value in chosen.items() if key not in _OF_LORA}
+    if chosen.get("objective") not in COMPARING:
+        chosen = {key: value for key, value in chosen.items() if key not in PreferenceOptions.model_fields}
     if chosen.get("eval_metric") == "loss":
         chosen = {key: value for key, value in chosen.items() if key not in OF_METRIC}
     shown = {**chosen, **provenance["resolved"]}

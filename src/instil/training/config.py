@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Any
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from instil.data.options import DataOptions
 from instil.data.shapes import COMPARING
@@ -48,13 +47,6 @@ class TrainConfig(
     """
 
     tokenizer: str | None = Field(default=None, description="Tokenizer, where the model's own is not the one to use.")
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _is_not_empty(cls, value: Any) -> Any:
-        if value == "" or (isinstance(value, list) and "" in value):
-            raise ValueError("is empty (a shell variable that is not set?)")
-        return value
 
     @model_validator(mode="after")
     def _fits_together(self) -> TrainConfig:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from statistics import mean, variance
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from instil.model.forward import TreeModel
@@ -138,6 +139,49 @@ class Outcome:
     stopped_early: bool = False
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
+
+
+def lately(history: Sequence[Step]) -> dict[str, float]:
+    """What the objective measured over the last tenth of some steps, at least ten of them, on average, by name."""
+    last = history[-max(10, len(history) // 10) :]
+    names = dict.fromkeys(name for step in last for name in step.measures)
+    return {name: mean(values) for name in names if (values := _finite(last, name))}
+
+
+def chosen_fell(history: Sequence[Step]) -> str | None:
+    """A sentence, where chosen answers have become less likely than they were before training; None where not.
+
+    With a reference that is known of every answer. Without one the last tenth of the steps is held against the first:
+    their rows differ, and it is said where the means do by twice their standard error.
+    """
+    count = max(10, len(history) // 10)
+    last = _finite(history[-count:], "chosen_logp")
+    if len(history) < 10 or not last:
+        return None
+    if "kl" in history[-1].measures:
+        fell, than = lately(history)["chosen_reward"] < 0, "under the reference"
+    else:
+        first = _finite(history[:count], "chosen_logp")
+        if len(history) < 2 * count or min(len(first), len(last)) < 2:
+            return None
+        error = math.sqrt(variance(first) / len(first) + variance(last) / len(last))
+        fell, than = mean(first) - mean(last) > 2 * error, "at the beginning"
+    return (
+        f"chosen answers are less likely than {than}: what is learned is to avoid the rejected ones" if fell else None
+    )
+
+
+def _finite(steps: Sequence[Step], name: str) -> list[float]:
+    """The values of a measure that are finite numbers."""
+    return [value for step in steps if math.isfinite(value := step.measures.get(name, math.nan))]
+
+
+@runtime_checkable
+class Preparing(Protocol):
+    """A watcher that is told as well of what is computed before a run begins."""
+
+    def preparing(self, what: str, done: int, of: int) -> None:
+        """Some parts of it are done."""
 
 
 class Watcher(Protocol):

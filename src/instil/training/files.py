@@ -22,9 +22,12 @@ def write_json(path: Path, value: Any) -> None:
     """Write a value as strict JSON, whole or not at all."""
     text = json.dumps(plain(value), ensure_ascii=False, indent=2, allow_nan=False)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")  # JSON escapes half a pair alike
-    sync_one(draft)
-    os.replace(draft, path)
+    try:
+        draft.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")  # JSON escapes half a pair alike
+        sync_one(draft)
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def plain(value: Any) -> Any:

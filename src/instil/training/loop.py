@@ -214,7 +214,7 @@ class _Run:
         loss, tokens, trained, *sums = processes.total(
             sum(losses),
             sum(batch.size for batch in counted),
-            sum(int(np.count_nonzero(batch.target_weights)) for batch in counted),
+            sum(batch.trained for batch in counted),
             *added([sums for _, sums in found]),
         )
         rate = learning_rate(

@@ -62,7 +62,7 @@ class TrainOptions(BaseModel):
         default="loss",
         min_length=1,
         description="What decides which weights are the best, and when patience runs out: loss; or of generated "
-        "answers exact_match, accuracy, token_f1, rouge_l, chrf, bleu, numeric.",
+        "answers exact_match, accuracy, list_of, token_f1, rouge_l, chrf, bleu, numeric.",
     )
     eval_metric_rows: int = Field(
         default=200, ge=1, description="The most held-out rows that are answered for it, evenly spaced."

@@ -31,7 +31,7 @@ from instil.packing import Prepared
 from instil.prompt import ChatTemplate, Renderer, Tokenizer
 from instil.training.card import draw_loss, example_of, model_card
 from instil.training.config import TrainConfig
-from instil.training.events import Evaluation, Outcome, best_of
+from instil.training.events import Evaluation, Outcome, best_of, chosen_fell, lately
 from instil.training.files import RECORD, plain, sha256, sync, sync_one, write_json
 
 if TYPE_CHECKING:  # it loads torch
@@ -39,6 +39,7 @@ if TYPE_CHECKING:  # it loads torch
 
 ADAPTER_CONFIG = "adapter_config.json"
 
+_FEWER = "--sft-weight 0.1 holds them up, and so do a lower --learning-rate and fewer steps"
 _PROBE_FOLDER = ".instil-"
 _FRESH = "Name a new folder, as in --output tuned."
 _NO_CURVE = "the model card has no loss curve: matplotlib is not installed (pip install matplotlib)"
@@ -194,6 +195,7 @@ def write_output(
         stops = [number for number in record["stop_tokens"].values() if number is not None]
         notes = save_tokenizer(draft, renderer.tokenizer, renderer.template)
         notes += _of_quantization(record, comparison)
+        notes += [f"{fell} ({_FEWER})"] if (fell := chosen_fell(outcome.history)) else []
         _save_generation_config(draft, record["base_model"], generation_config, stops)
         ended: dict[str, Any] = {
             "kind": "adapter" if (draft / ADAPTER_CONFIG).exists() else "model",
@@ -317,9 +319,18 @@ def _ending(outcome: Outcome) -> dict[str, Any]:
         "final_eval_loss": measured[-1] if measured else None,
         "best_eval_loss": min((loss for loss in measured if math.isfinite(loss)), default=None),
         "eval_metric": None if metric is None else {"name": metric, **_of_metric(outcome.evaluations)},
+        "measures": _measures(outcome),
         "best_step": outcome.best_step,
         "stopped_early": outcome.stopped_early,
     }
+
+
+def _measures(outcome: Outcome) -> dict[str, Any] | None:
+    """What the objective measured beside its loss: over the last steps, and on held-out rows at the end."""
+    if not any(step.measures for step in outcome.history):
+        return None
+    held_out = dict(outcome.evaluations[-1].measures) if outcome.evaluations else None
+    return {"training": lately(outcome.history), "held_out": held_out}
 
 
 def _of_metric(evaluations: Sequence[Evaluation]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ def with_reference(
     tokens_per_batch: int = 8192,
     cache: Path | None = None,
     processes: Processes | None = None,
+    telling: Callable[[int, int], None] = lambda done, of: None,
 ) -> tuple[Sequence[TokenTree], str]:
     """The trees with the log-probability of each exchange under the model as it is now.
 
@@ -58,6 +59,7 @@ def with_reference(
         tokens_per_batch: The most tokens of a batch.
         cache: Folder that keeps the result, by the content of model and trees; None keeps nothing.
         processes: Those that train together, which share the work.
+        telling: Is told how many batches are done, of how many.
 
     Returns:
         The trees, and what was done, for people.
@@ -72,7 +74,7 @@ def with_reference(
     found = None if file is None else _kept(file, int(exchanges.sum()))
     known = processes.total(float(found is None))[0] == 0
     if not known or found is None:
-        found = _computed(model, trees, exchanges, tokens_per_batch, processes)
+        found = _computed(model, trees, exchanges, tokens_per_batch, processes, telling)
         if file is not None and processes.first:
             _keep(file, found)
     said = "found in the cache" if known else f"computed in {time.perf_counter() - began:.0f} seconds"
@@ -81,13 +83,19 @@ def with_reference(
 
 @torch.no_grad()
 def _computed(
-    model: TreeModel, trees: Sequence[TokenTree], exchanges: NDArray[np.int64], tokens: int, processes: Processes
+    model: TreeModel,
+    trees: Sequence[TokenTree],
+    exchanges: NDArray[np.int64],
+    tokens: int,
+    processes: Processes,
+    telling: Callable[[int, int], None],
 ) -> NDArray[np.float64]:
     model.model.eval()
     found = np.zeros(int(exchanges.sum()))
     first = np.cumsum(exchanges) - exchanges  # (N,)
     batches = pack(trees, tokens)
     for number in range(processes.rank, len(batches), processes.size):
+        telling(number, len(batches))
         batch = batches[number]
         record = batch.exchange_record  # (E,), the exchanges of a row one after the other
         starts = np.flatnonzero(np.diff(record, prepend=-1))

@@ -93,10 +93,14 @@ def _counts(prepared: Prepared, name: str) -> dict[str, Any]:
 
 
 def _reasons(counted: Mapping[str, Any]) -> str:
-    said = ((each["rows"], each["status"], each["what"]) for each in counted["reasons"])
-    return "; ".join(
-        f"{rows:,} {what if what.startswith(status) else f'{status}: {what}'}" for rows, status, what in said
-    )
+    return "; ".join(map(_reason, counted["reasons"]))
+
+
+def _reason(counted: Mapping[str, Any]) -> str:
+    """What some rows are not whole for, and the first of them."""
+    rows, status, what, first = (counted[name] for name in ("rows", "status", "what", "first"))
+    places = ", ".join(first) + (", …" if rows > len(first) else "")
+    return f"{rows:,} {what if what.startswith(status) else f'{status}: {what}'} ({places})"
 
 
 def _prepared(

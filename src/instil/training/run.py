@@ -31,7 +31,7 @@ from instil.training.checkpoint import Checkpoint, Checkpoints, differences
 from instil.training.comparison import Comparison, compare
 from instil.training.config import TrainConfig
 from instil.training.distributed import Processes, whole
-from instil.training.events import Measure, Outcome, Resolved, Watcher
+from instil.training.events import Measure, Outcome, Preparing, Resolved, Watcher
 from instil.training.files import plain
 from instil.training.optimizer import check_installed
 from instil.training.options import OutputOptions, PreferenceOptions, TrackerOptions
@@ -106,7 +106,7 @@ def _train(
     told: AbstractContextManager[list[Watcher]] = trackers(config) if folder is not None else nullcontext([])
     with folder or nullcontext(), told as tracking:
         processes.wait()  # until the folder is locked
-        task = task.with_reference(config, reader, data, processes)
+        task = task.with_reference(config, reader, data, processes, watchers)
         resume = _to_resume(checkpoints, config, processes)
         if folder is not None and resume is not None:
             folder.goes_on_from(resume)
@@ -191,16 +191,25 @@ class _Task:
         preflight.check_whole(held_out, config.tokens_per_batch)
         return cls(objective, trees, held_out, about)
 
-    def with_reference(self, config: TrainConfig, model: TreeModel, data: Rows, processes: Processes) -> _Task:
+    def with_reference(
+        self, config: TrainConfig, model: TreeModel, data: Rows, processes: Processes, watchers: Sequence[Watcher]
+    ) -> _Task:
         """With what the model, as it is now, makes of the rows, where that is needed."""
         if config.reference != "computed" or not getattr(self.objective, "needs_reference", False):
             return self
+
+        def telling(done: int, of: int) -> None:
+            for watcher in watchers:
+                if isinstance(watcher, Preparing):
+                    watcher.preparing("reference", done, of)
+
         compute = partial(
             with_reference,
             model,
             tokens_per_batch=config.tokens_per_batch,
             cache=cache_folder(config.cache_dir) if config.cache else None,
             processes=processes,
+            telling=telling,
         )
         trees, said = compute(self.trees)
         about = {**self.about, "reference": said}

@@ -25,6 +25,7 @@ import yaml
 from instil.errors import Interrupted, TrainingError, UsageError
 from instil.training.config import TrainConfig
 from instil.training.events import Evaluation, Resolved, Step, Watcher
+from instil.training.metrics import measured
 
 Ending = Literal["finished", "interrupted", "failed"]
 
@@ -130,11 +131,12 @@ class _Tracking:
 
     def stepped(self, step: Step) -> None:
         values = asdict(step)
-        self._take(values.pop("step"), values)
+        del values["measures"]
+        self._take(values.pop("step"), values | measured(step))
 
     def evaluated(self, evaluation: Evaluation) -> None:
-        measured = {} if evaluation.value is None else {f"eval_{evaluation.metric}": evaluation.value}
-        self._take(evaluation.step, {"eval_loss": evaluation.eval_loss, **measured})
+        metric = {} if evaluation.value is None else {f"eval_{evaluation.metric}": evaluation.value}
+        self._take(evaluation.step, {"eval_loss": evaluation.eval_loss, **metric, **measured(evaluation)})
 
     def close(self, ending: Ending) -> None:
         if self._tracker is not None:

@@ -11,6 +11,7 @@ from typing import Any
 from instil.conversation import Source
 from instil.data.files import LocalFile
 from instil.data.row import described
+from instil.data.sources import find
 from instil.errors import RowProblem, UsageError, nearest
 from instil.evaluation.ifeval.checks import CHECKS, RELATIONS
 from instil.evaluation.ifeval.language import LANGUAGES
@@ -62,10 +63,12 @@ def read_prompts(path: str | Path) -> list[IfevalPrompt]:
         UsageError: The file cannot be read or holds no prompts, or there are rows that cannot be checked: an
             unknown id, arguments that are missing, unknown, or of another kind than the id needs, not as many kwargs
             as ids, a key that stands twice. All of them are named.
+        DataError: There is no such file.
     """
     prompts: list[IfevalPrompt] = []
     problems: list[RowProblem] = []
     seen: dict[int | str, Source] = {}
+    find(path)
     for pending in LocalFile(str(path), Path(path), "jsonl").rows(lambda note: None):
         row = pending.read()
         if row.values is None:

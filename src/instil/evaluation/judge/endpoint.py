@@ -132,11 +132,13 @@ class Endpoint:
             raise UsageError(f"extra holds {taken[0]!r}, which is not for the caller to set", "Leave it out.")
 
     def check(self) -> None:
-        """See that there is a key, and what sends requests. Nothing is asked.
+        """See that there is a key, a place for the replies, and what sends requests. Nothing is asked.
 
         Raises:
             UsageError: There is not.
         """
+        if self.cache.exists() and not self.cache.is_dir():
+            raise UsageError(f"{self.cache}: is no folder, and cannot keep the judge's replies", "Name another one.")
         self._client().close()
 
     def complete(self, messages: Messages) -> Reply:
@@ -217,11 +219,19 @@ class Endpoint:
         choices = getattr(answer, "choices", None)
         if not isinstance(choices, list):
             raise _Failure(f"what came is no chat completion: {str(answer)[:80]!r}", _ADDRESS)
-        message = choices[0].message if choices else None
-        said = message and (message.refusal if message.content is None else message.content)
+        try:
+            message = choices[0].message if choices else None
+            said = message and (message.refusal if message.content is None else message.content)
+            finish = (choices[0].finish_reason if choices else None) or ""
+            tokens = answer.usage.total_tokens if answer.usage else None
+            right = isinstance(said, str | None) and isinstance(finish, str) and isinstance(tokens, int | None)
+        except AttributeError:  # the library takes whatever comes
+            right = False
+        if not right:
+            raise _Failure(f"what came is no chat completion: {str(answer)[:80]!r}", _ADDRESS)
         if said is None:
             raise _Failure(f"an empty reply came to {about}", "Leave that item out if it happens again.", stops=False)
-        return Reply(said, choices[0].finish_reason or "", answer.usage.total_tokens if answer.usage else None)
+        return Reply(said, finish, tokens)
 
     def _failure(self, error: Exception, key: str, about: str) -> _Failure:
         """What an error of the library means for the message it is about, and what to do."""
@@ -279,8 +289,9 @@ class Endpoint:
             raise UsageError("a judge needs the package 'openai'", "pip install openai") from error
         key = os.environ.get(self.api_key_env, "") if self.api_key_env else "none"
         if not key:
+            remedy = "Set it, or name none where the endpoint needs no key: api_key_env='', --judge-key-env ''."
             what = f"the environment variable {self.api_key_env}, which is to hold the key, is not set"
-            raise UsageError(what, "Set it, or give api_key_env='' where the endpoint needs no key.")
+            raise UsageError(what, remedy)
         return OpenAI(base_url=self.base_url, api_key=key, timeout=self.timeout, max_retries=self.retries)
 
 
