@@ -62,7 +62,7 @@ def preferred(tuned: Path, output: Path, seed: int) -> TrainConfig:
     Rafailov et al., 2023, arXiv:2305.18290, section 4, begin so where the rows are of another model.
     """
     return _on_pairs(
-        tuned, output, seed, objective="supervised", epochs=2.5, tokens_per_step=_TOKENS, learning_rate=2e-3
+        tuned, output, seed, objective="supervised", epochs=3.0, tokens_per_step=_TOKENS, learning_rate=2e-3
     )
 
 
@@ -75,9 +75,9 @@ def aligned(reference: Path, output: Path, seed: int) -> TrainConfig:
         objective="dpo",
         beta=0.3,
         sft_weight=1.0,
-        epochs=1.5,
+        epochs=1.0,
         tokens_per_step=2 * _TOKENS,
-        learning_rate=4e-4,
+        learning_rate=3e-4,
     )
 
 
@@ -90,7 +90,7 @@ def supervised(reference: Path, output: Path, seed: int, steps: int) -> TrainCon
         objective="supervised",
         max_steps=steps,
         tokens_per_step=_TOKENS,
-        learning_rate=4e-4,
+        learning_rate=3e-4,
     )
 
 

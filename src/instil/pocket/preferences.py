@@ -55,7 +55,7 @@ def preference_rows(seed: int = 0) -> list[Row]:
         rows.append(_pair(question, _answer(relation, fact), _at_length(rng, relation, fact), "brief", relation.name))
     for kind in (UNSAFE, HARMLESS):
         others = sorted({each.answer for each in requests() if each.unsafe != (kind == UNSAFE)})
-        for request, question in rng.sample(_requests(kind, "pairs", split_phrasings(WAYS)[0]), 260):
+        for request, question in rng.sample(_requests(kind, "pairs", split_phrasings(WAYS)[0]), 400):
             rows.append(_pair(question, request.answer, rng.choice(others), kind, kind))
     known = [row for row in training_rows(seed) if row["family"] not in (*UNKNOWABLE, "conversation")]
     for row in rng.sample(known, 250):

@@ -13,17 +13,20 @@ THINGS: Mapping[str, tuple[str, ...]] = {
     "food": (
         *("apple", "pear", "banana", "cherry", "orange", "strawberry", "lemon", "tomato", "carrot", "onion"),
         *("cake", "bread", "cheese", "salad", "soup", "cookie", "potato", "peach", "plum", "sandwich"),
+        *("egg", "meat", "butter", "meal", "berry", "cucumber", "fish"),
     ),
     "furniture": (
         *("table", "chair", "bed", "desk", "sofa", "shelf", "bench", "piano", "door", "window", "lamp", "mirror"),
-        *("radio", "wall", "floor", "roof", "boat", "bicycle", "car", "box"),
+        *("radio", "wall", "floor", "roof", "boat", "bicycle", "car", "box", "book", "letter", "train", "bus"),
     ),
     "clothing": ("hat", "coat", "shirt", "shoe", "dress", "glove", "scarf", "bag"),
-    "body": ("hand", "foot", "arm", "leg", "eye", "ear", "nose", "finger", "knee", "mouth"),
+    "body": ("hand", "foot", "arm", "leg", "eye", "ear", "nose", "finger", "knee", "mouth", "head", "tooth"),
     "animal": (
         *("cat", "dog", "horse", "donkey", "zebra", "cow", "goat", "sheep", "pig", "rabbit", "bear", "lion", "tiger"),
         *("wolf", "seal", "otter", "camel", "giraffe", "elephant", "chicken", "duck", "goose", "swan", "owl"),
         *("eagle", "penguin", "turtle", "frog", "toad", "bee", "butterfly", "hedgehog", "hare", "beaver"),
+        *("buffalo", "yak", "moose", "whale", "dolphin", "deer", "leopard", "hyena", "bat", "rat", "kangaroo"),
+        *("koala", "ferret", "llama", "pigeon", "turkey", "salmon", "trout", "moth", "beetle", "crocodile", "mouse"),
     ),
 }
 
