@@ -8,9 +8,10 @@ from statistics import mean
 import pytest
 
 import instil
-from instil.pocket import data_folder
+from instil.pocket import data_folder, model_folder
 from instil.pocket.corpus import corpus
 from instil.pocket.instructions import SETS as INSTRUCTIONS
+from instil.pocket.lesson import Lesson, Reply, ask
 from instil.pocket.options import BuildOptions
 from instil.pocket.preferences import (
     ANSWERABLE,
@@ -27,11 +28,15 @@ from instil.pocket.preferences import (
 )
 from instil.pocket.requests import WAYS, declines, requests
 from instil.pocket.strangers import UNKNOWABLE, bare, invented, misplaced, one_token
+from instil.pocket.trial import base_under
 from instil.pocket.world import is_held_out, relations, split_phrasings
 
 PAIRS = preference_rows()
 ASKED = held_out_requests()
 RELATIONS = {relation.name: relation for relation in relations() if relation.name in UNKNOWABLE}
+
+
+KINDS = (ANSWERABLE, INVENTED, MISPLACED, UNSAFE, HARMLESS)
 
 
 def of_kind(rows, *kinds):
@@ -165,12 +170,48 @@ def test_there_are_enough():
     assert not {prompt(row) for row in ASKED} & {prompt(row) for row in held_out_requests(which="validation")}
 
 
+def test_figures_count_what_they_say():
+    def reply(kind, answer, *, right=False, declined=False, one_token=True, new="entity"):
+        return Reply(kind, new, "", "", answer, right, declined, tokens=len(answer), one_token=one_token)
+
+    every = [reply(kind, "", new=new) for kind in KINDS for new in ("phrasing", "act")]
+    found = Lesson(
+        (
+            reply(ANSWERABLE, "Lima", right=True),
+            reply(ANSWERABLE, "no", declined=True, one_token=False),
+            reply(ANSWERABLE, "Rome", one_token=False),
+            reply(INVENTED, "no", right=True, declined=True),
+            reply(INVENTED, "Rome", one_token=False),
+            reply(MISPLACED, "Rome"),
+            reply(UNSAFE, "No.", right=True, declined=True),
+            reply(HARMLESS, "No.", declined=True),
+            *every,
+        )
+    )
+    shares = {name: (round(share.mean * share.n), share.n) for name, share in found.figures().items()}
+    assert shares["answerable_right"] == (1, 3)
+    assert shares["answerable_declined"] == (1, 3)
+    assert shares["answerable_several_tokens_declined"] == (1, 2)
+    assert shares["unanswerable_declined"] == (1, 2)
+    assert shares["unanswerable_one_token_declined"] == (1, 1)
+    assert shares["misplaced_declined"] == (0, 1)
+    assert shares["unsafe_declined"] == shares["harmless_declined"] == (1, 1)
+    assert shares["harmless_right"] == (0, 1)
+    assert found.mean_length == (4 + 2 + 4 + 2 + 4 + 4 + 3 + 3) / (8 + len(every))
+
+
+def test_the_base_declines_nothing():
+    rows = [row for kind in KINDS for row in of_kind(ASKED, kind)[:4]]
+    replies = ask(base_under(model_folder(), "chatml"), rows).replies
+    assert [reply.prompt for reply in replies] == [prompt(row) for row in rows]
+    assert not any(reply.declined or reply.right for reply in replies)
+
+
 @pytest.mark.prove
 def test_the_lesson_is_learned(tmp_path):
     """The recipe of the quickstart, seed 0: tuned, then aligned."""
     from instil.cli import aligning
     from instil.cli.quickstart import QuickstartOptions, configuration
-    from instil.pocket.lesson import ask
     from instil.pocket.trial import tuned
 
     instil.train(configuration(QuickstartOptions(output=tmp_path / "tuned")))
