@@ -14,7 +14,7 @@ TRL        `DPOTrainer` with what `DPOConfig` gives by default: 8 pairs at once,
            them, gradient checkpointing, fused AdamW. Set are: references precomputed, the precision, the learning rate
            and its schedule, gradient accumulation, a log line each step, no checkpoints, and the order of the pairs,
            by length within a step: no less even than its own `group_by_length`.
-TRL, best  without checkpointing, and as many pairs at once as make about the tokens that `--sweep` found fastest.
+TRL, best  without checkpointing, and as many pairs at once as make about 2,048 tokens (`--sweep` tries others).
 Instil     `fit` with `Preference("dpo")`, 8,192 tokens to a batch.
 Instil, nothing shared
            the same, but each answer is a path of its own with its own copy of the prompt.

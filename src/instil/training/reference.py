@@ -20,6 +20,7 @@ from instil.model.forward import TreeModel
 from instil.objectives.preference import log_probs
 from instil.packing import StoredTrees, TokenTree, pack
 from instil.training.distributed import Processes
+from instil.training.memory import keep_freed_blocks
 
 _NAME = "reference"
 
@@ -91,6 +92,8 @@ def _computed(
     telling: Callable[[int, int], None],
 ) -> NDArray[np.float64]:
     model.model.eval()
+    if model.device.type == "cpu":
+        keep_freed_blocks()
     found = np.zeros(int(exchanges.sum()))
     first = np.cumsum(exchanges) - exchanges  # (N,)
     batches = pack(trees, tokens)
