@@ -4,12 +4,17 @@ import json
 import math
 import subprocess
 import sys
+from io import StringIO
 
 import pytest
+from rich.console import Console
 from safetensors.torch import load_file
+from transformers import GPT2Config
 
-from instil.errors import InstilError, Interrupted
-from instil.training import TrainConfig, train
+from instil.cli.progress import Progress, compared
+from instil.errors import InstilError, Interrupted, TrainingError
+from instil.training import TrainConfig, resolve, train
+from instil.training.events import lately
 from instil.training.metrics import read_metrics
 
 from .small import environment, make_folder, rows
@@ -183,6 +188,40 @@ def test_what_does_not_go_together_is_refused(folder, settings, said, monkeypatc
         train(TrainConfig(**{"init": "base", "template": "chatml", "output": "none", **data, **settings}))
     assert said in f"{refused.value} {refused.value.remedy}"
     assert not (folder / "none").exists()
+
+
+@pytest.mark.parametrize("where", ["data", "eval_data"])
+def test_rows_that_no_position_is_left_for_are_refused_before_the_reference_reads_them(folder, where, monkeypatch):
+    monkeypatch.chdir(folder)
+    (folder / "gpt2").mkdir(exist_ok=True)
+    vocabulary = json.loads((folder / "base" / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    sizes = {"vocab_size": vocabulary, "n_positions": 128, "n_embd": 32, "n_layer": 1, "n_head": 2}
+    GPT2Config(**sizes).save_pretrained(folder / "gpt2")
+    long = {"prompt": "Name it.", "chosen": "yes " * 150, "rejected": "no"}
+    (folder / "longer.jsonl").write_text(json.dumps(long) + "\n")
+    settings = {"data": ["pairs.jsonl"], "init": "gpt2", "tokenizer": "base", "template": "chatml", "cache": False}
+    config = TrainConfig(**{**settings, where: ["longer.jsonl"]}, max_length=400, objective="dpo", output="none")
+    for call in (train, resolve):
+        with pytest.raises(TrainingError, match=r"longer.jsonl:1: is longer than the 128 positions"):
+            call(config)
+    assert not (folder / "none").exists()
+
+
+def test_where_all_answers_are_good_there_is_no_margin_and_none_is_shown(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    lines = (folder / "labelled.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = [line for line in lines if json.loads(line)["label"]][:6]
+    (folder / "good.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    settings = {"init": "base", "template": "chatml", "precision": "fp32", "cache": False, "output": "good"}
+    said = StringIO()
+    progress = Progress(Console(file=said, width=200))
+    steps = train(TrainConfig(**settings, objective="kto", data=["good.jsonl"], max_steps=2), [progress]).history
+    assert "step 2/2" in said.getvalue()
+    assert "nan" not in said.getvalue()
+    assert [compared(step.measures) for step in steps] == [
+        f"accuracy {step.measures['reward_accuracy']:.1%}" for step in steps
+    ]
+    assert "margin" not in compared(lately(steps))
 
 
 def test_a_setting_of_another_objective_is_one_clear_error(folder):

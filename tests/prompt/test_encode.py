@@ -437,6 +437,35 @@ def test_an_answer_that_lacks_a_turn_is_compared_with_none(encoded):
     assert (none.status, none.exchanges) == ("dropped", ())
 
 
+@pytest.mark.parametrize(
+    ("weights", "status", "reason"),
+    [
+        ((0.0, None, None), "dropped", "the chosen answer has weight 0"),
+        ((None, 0.0, 0.0), "dropped", "a rejected answer has weight 0"),
+        ((None, 0.0, None), "cut", "a rejected answer has weight 0"),
+        ((0.0, 0.0, 0.0), "dropped", "every answer has weight 0"),
+    ],
+)
+def test_answers_that_weigh_nothing_are_not_compared_and_it_is_said(encoded, weights, status, reason):
+    words = zip(("yes", "no", "never"), weights, strict=True)
+    one = encoded(trajectory(*([user("Is it?"), assistant(word, weight=weight)] for word, weight in words)))
+    assert (one.status, one.reason) == (status, reason)
+    assert [each.label for each in one.exchanges] == (["chosen", "rejected"] if status == "cut" else [])
+
+
+@pytest.mark.parametrize("label", ["chosen", "good"])
+def test_what_a_prompt_weighs_is_nothing_where_answers_are_compared(encoded, label):
+    asked = user("Is it?", weight=1.0)
+    if label == "chosen":
+        one = encoded(trajectory([asked, assistant("yes")], [asked, assistant("no")]), objective="preference")
+    else:
+        row = record(asked, assistant("yes"), kind="labelled", label=label)
+        one = encoded(row, objective="preference")
+        assert encoded(row).exchanges[0].prompt_weights.any()
+    assert not any(each.prompt_weights.any() for each in one.exchanges)
+    assert all((each.completion_weights == 1).all() for each in one.exchanges)
+
+
 def test_prompts_that_were_not_cut_alike_are_not_compared(encoded):
     asked = [user("word " * 8), assistant("yes"), user("Is it?")]
     answers = [*asked, assistant("no")], [*asked, assistant("word " * 6)]

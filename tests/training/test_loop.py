@@ -470,6 +470,9 @@ def test_rows_longer_than_the_learned_positions_are_refused():
     rows = [*make_rows(3), [exchange([1] * 100, [4] * 30)]]
     with pytest.raises(TrainingError, match="row 3: is longer than the 128 positions that the model has learned"):
         fit(reader(gpt2()), trees_of(rows), TrainOptions(max_steps=1), tokens_per_batch=200)
+    held_out = trees_of(rows)
+    with pytest.raises(TrainingError, match="row 3: is longer than the 128 positions"):
+        fit(reader(gpt2()), trees_of(make_rows(3)), TrainOptions(max_steps=1), held_out=held_out, tokens_per_batch=200)
     fit(reader(llama()), trees_of(rows), TrainOptions(max_steps=1), tokens_per_batch=200)  # which has no table of them
 
 

@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 
 from instil.errors import TrainingError
 from instil.model.forward import TreeModel
+from instil.model.quantize import quantize
 from instil.objectives import supervised
 from instil.objectives.preference import Kto, Preference, with_others
 from instil.packing import TokenTree, concatenate, merge
@@ -344,6 +345,44 @@ def test_what_is_kept_is_found_again_and_only_for_the_same_weights_and_tokens(tm
     assert "computed" in with_reference(model, trees, cache=tmp_path)[1]
     assert "computed" in with_reference(model, trees[:3], cache=tmp_path)[1]
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_an_adapter_that_is_scaled_otherwise_is_another_reference(tmp_path):
+    """Which stands in no weight."""
+    trees = trees_of(pair_rows(2))
+    found = []
+    for alpha in (8, 16):
+        torch.manual_seed(0)
+        lora = LoraConfig(r=4, lora_alpha=alpha, target_modules=["q_proj"], init_lora_weights=False)
+        model = TreeModel(get_peft_model(llama(seed=1), lora))
+        referenced, said = with_reference(model, trees, cache=tmp_path)
+        assert "computed" in said
+        assert "found" in with_reference(model, trees, cache=tmp_path)[1]
+        found.append(referenced[0].exchange_reference)
+    assert not np.allclose(*found)
+
+
+def test_a_base_in_4_bits_with_other_scales_is_another_reference(tmp_path):
+    """They are no parameters of it."""
+    trees = trees_of(pair_rows(2))
+    model = reader(quantize(llama(seed=1)))
+    whole = with_reference(model, trees, cache=tmp_path)[0][0].exchange_reference
+    assert "found" in with_reference(model, trees, cache=tmp_path)[1]
+    model.base.model.layers[0].mlp.down_proj.weight.quant_state.state2.absmax.mul_(1.5)
+    scaled, said = with_reference(model, trees, cache=tmp_path)
+    assert "computed" in said
+    assert not np.allclose(whole, scaled[0].exchange_reference)
+
+
+def test_a_row_that_the_reference_makes_no_number_of_is_named_and_nothing_kept(tmp_path):
+    trees = trees_of(pair_rows(6))
+    with_token = next(i for i, tree in enumerate(trees) if 59 in tree.input_ids)
+    model = reader(llama(seed=1))
+    with torch.no_grad():
+        model.base.get_input_embeddings().weight[59] = math.nan
+    with pytest.raises(TrainingError, match=f"no finite number of .*; the first is row {with_token}"):
+        with_reference(model, trees, cache=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_two_batches_give_each_row_its_own():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -161,10 +162,13 @@ def _measured(evaluation: Evaluation) -> str:
 
 
 def compared(measures: Mapping[str, float]) -> str:
-    """How answers that are compared stand; "" where none are."""
-    if "reward_accuracy" not in measures:
-        return ""
-    return f"accuracy {measures['reward_accuracy']:.1%}, margin {measures['reward_margin']:.4f}"
+    """How answers that are compared stand; "" where none are, and no margin where all are good or all bad."""
+    accuracy, margin = (measures.get(name, math.nan) for name in ("reward_accuracy", "reward_margin"))
+    said = [
+        "" if math.isnan(accuracy) else f"accuracy {accuracy:.1%}",
+        "" if math.isnan(margin) else f"margin {margin:.4f}",
+    ]
+    return ", ".join(filter(None, said))
 
 
 def _memory() -> str:

@@ -21,6 +21,8 @@ from instil.prompt.tokenizer import Cut, Encoder
 
 Status = Literal["kept", "cut", "dropped", "rejected"]
 
+_APART = "the prompts of chosen and rejected were not cut alike, or the first turn of one has weight 0"
+
 
 @dataclass(frozen=True, slots=True)
 class EncodedRecord:
@@ -121,6 +123,8 @@ class RecordEncoder:
             row.problems.append(RowProblem(str(record.source), "", self._refusal(record, error), error.remedy))
         if not any(row.drafts) and not row.problems:
             row.reason = row.reason or "every answer has weight 0"
+        elif record.kind == "preference" and not all(row.drafts) and not row.problems:
+            row.reason = row.reason or f"{'a rejected' if row.drafts[0] else 'the chosen'} answer has weight 0"
         return row
 
     def _draft_conversation(self, record: Record, conversation: Conversation, label: str, parting: int) -> list[_Draft]:
@@ -266,13 +270,17 @@ class RecordEncoder:
         )
 
     def _weighed_spans(self, draft: _Draft, seen: set[int]) -> list[tuple[Span, float]]:
-        """Stretches of text whose weight is not that of the part of the exchange they stand in."""
+        """Stretches of text whose weight is not that of the part of the exchange they stand in.
+
+        Where answers are compared, a prompt has none: it is the same for all of them.
+        """
         weighed = []
+        compared = self.objective == "preference" or draft.label in ("chosen", "rejected", "more")
         for span in draft.text.spans:
             if span.message == draft.turn:
                 if span.reasoning and not self.options.train_reasoning:
                     weighed.append((span, 0.0))
-            elif draft.numbers[span.message] not in seen:
+            elif not compared and draft.numbers[span.message] not in seen:
                 weight = self._prompt_weight(draft.conversation.messages[span.message])
                 if weight and (self.options.train_reasoning or not span.reasoning):
                     weighed.append((span, weight))
@@ -409,7 +417,7 @@ def _compared(answers: list[list[_Draft]]) -> list[list[_Draft]]:
         if chosen and found == chosen:
             answers[at] = without(drafts, "the tokens of a rejected answer are those of the chosen one")
         elif chosen and found and found[0][0] != chosen[0][0]:
-            answers[at] = without(drafts, "the prompts of chosen and rejected were not cut alike")
+            answers[at] = without(drafts, _APART)
     if not chosen or not any(map(ids, answers[1:])):
         return [without(drafts) for drafts in answers]
     return answers

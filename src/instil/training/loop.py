@@ -77,7 +77,7 @@ def fit(
         Interrupted: `stopping` said so; the state is saved.
     """
     processes = processes or Processes()
-    check(model, trees, rows, sharded=options.shard and processes.size > 1)
+    check(model, trees, rows, held_out=held_out, sharded=options.shard and processes.size > 1)
     check_measure(measure, options, held_out=bool(len(held_out)), sharded=options.shard and processes.size > 1)
     steps = Steps.of(
         trees, options.tokens_per_step, tokens_per_batch, share_prefixes, seed, rows, processes=processes.size

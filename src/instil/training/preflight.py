@@ -26,13 +26,21 @@ _COMPARED = 20
 """By how much the learning rate is smaller where answers are compared: 1e-6 in full, where supervised it is 2e-5."""
 
 
-def check(model: TreeModel, trees: Sequence[TokenTree], rows: Ints | None, *, sharded: bool) -> None:
+def check(
+    model: TreeModel,
+    trees: Sequence[TokenTree],
+    rows: Ints | None,
+    *,
+    held_out: Sequence[TokenTree] = (),
+    sharded: bool,
+) -> None:
     """Refuse what could not be trained, before the first step.
 
     Args:
         model: What is to be trained.
         trees: One for each row.
         rows: (N,) the indices of the rows that are trained; None for all.
+        held_out: Those that the loss is measured on.
         sharded: Whether processes hold the model in parts.
 
     Raises:
@@ -53,7 +61,8 @@ def check(model: TreeModel, trees: Sequence[TokenTree], rows: Ints | None, *, sh
         highest = max(int(tree.input_ids.max(initial=0)) for tree in trees)
     if not weight:
         raise TrainingError("no token of any row has a weight", "Give rows an answer that is trained.")
-    _check_positions(model, trees)
+    for each in (trees, held_out):
+        check_positions(model, each)
     embeddings = model.base.get_input_embeddings().weight.shape[0]
     if highest >= embeddings:
         where = next(index for index, tree in enumerate(trees) if tree.input_ids.max(initial=0) >= embeddings)
@@ -88,10 +97,14 @@ def check_measure(measure: Measure | None, options: TrainOptions, *, held_out: b
         raise TrainingError(f"{named}: a model in parts (--shard) generates nothing", "Leave --shard out.")
 
 
-def _check_positions(model: TreeModel, trees: Sequence[TokenTree]) -> None:
-    """Refuse rows that are longer than a table of learned positions (GPT-2, OPT)."""
+def check_positions(model: TreeModel, trees: Sequence[TokenTree]) -> None:
+    """Refuse rows that are longer than a table of learned positions (GPT-2, OPT).
+
+    Raises:
+        TrainingError: There are such, the first of them named.
+    """
     limit = model.learned_positions
-    if limit is None:
+    if limit is None or not len(trees):
         return
     longer = np.flatnonzero(longest_paths(trees) > limit)
     if len(longer):

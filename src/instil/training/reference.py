@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from instil.errors import UsageError
+from instil.errors import TrainingError, UsageError
 from instil.model.forward import TreeModel
 from instil.objectives.preference import log_probs
 from instil.packing import StoredTrees, TokenTree, pack
 from instil.training.distributed import Processes
+from instil.training.memory import keep_freed_blocks
+from instil.training.preflight import naming
 
 _NAME = "reference"
 
@@ -38,8 +40,7 @@ class NamedTrees(list[TokenTree]):
 
     def name(self, index: int) -> str:
         """Where the row of a tree stands."""
-        found: str = getattr(self._source, "name", "row {}".format)(index)
-        return found
+        return naming(self._source)(index)
 
 
 def with_reference(
@@ -65,6 +66,7 @@ def with_reference(
         The trees, and what was done, for people.
 
     Raises:
+        TrainingError: The model makes no finite number of an answer.
         UsageError: The cache cannot be written.
     """
     processes = processes or Processes()
@@ -75,6 +77,7 @@ def with_reference(
     known = processes.total(float(found is None))[0] == 0
     if not known or found is None:
         found = _computed(model, trees, exchanges, tokens_per_batch, processes, telling)
+        _check_finite(found, trees, exchanges)
         if file is not None and processes.first:
             _keep(file, found)
     said = "found in the cache" if known else f"computed in {time.perf_counter() - began:.0f} seconds"
@@ -91,6 +94,8 @@ def _computed(
     telling: Callable[[int, int], None],
 ) -> NDArray[np.float64]:
     model.model.eval()
+    if model.device.type == "cpu":
+        keep_freed_blocks()
     found = np.zeros(int(exchanges.sum()))
     first = np.cumsum(exchanges) - exchanges  # (N,)
     batches = pack(trees, tokens)
@@ -102,6 +107,17 @@ def _computed(
         within = np.arange(len(record)) - np.repeat(starts, np.diff(np.append(starts, len(record))))
         found[first[record] + within] = log_probs(model, batch).cpu().numpy()
     return np.array(processes.total(*found.tolist()))
+
+
+def _check_finite(found: NDArray[np.float64], trees: Sequence[TokenTree], exchanges: NDArray[np.int64]) -> None:
+    row_of = np.repeat(np.arange(len(trees)), exchanges)
+    rows = np.unique(row_of[~np.isfinite(found)])
+    if len(rows):
+        raise TrainingError(
+            f"before training the model already makes no finite number of the answers of {len(rows):,} of "
+            f"{len(trees):,} rows; the first is {naming(trees)(int(rows[0]))}",
+            "Look at the row and at the model's weights, or compute with --precision fp32.",
+        )
 
 
 def _exchanges(trees: Sequence[TokenTree]) -> NDArray[np.int64]:
@@ -120,12 +136,16 @@ def _attached(
 
 
 def _key(model: TreeModel, trees: Sequence[TokenTree]) -> str:
-    """What decides the result: every weight, and every token and weight of the trees."""
+    """What decides the result: every weight, what adapters are scaled by, and every token and weight of the trees."""
     digest = hashlib.sha256(f"{model.bf16} {model.one_by_one} {torch.__version__} {model.base.config!r}".encode())
-    with torch.no_grad():
-        for name, each in [*model.model.named_parameters(), *model.model.named_buffers()]:
-            digest.update(f"{name} {tuple(each.shape)} {each.dtype}\0".encode())
-            digest.update(each.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy())
+    inner = model.model
+    held = {**dict(inner.named_parameters()), **dict(inner.named_buffers())}
+    held |= {name: each for name, each in inner.state_dict().items() if name not in held}  # scales of 4 bits
+    for name, each in held.items():
+        digest.update(f"{name} {tuple(each.shape)} {each.dtype}\0".encode())
+        digest.update(each.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy())
+    for name, module in inner.named_modules():
+        digest.update(f"{name} {module.scaling}\0".encode() if hasattr(module, "lora_A") else b"")
     for tree in trees:
         for array in _told(tree):
             digest.update(array.tobytes())

@@ -176,7 +176,9 @@ class _Task:
 
     @classmethod
     def of(cls, config: TrainConfig, model: TreeModel, data: Rows) -> _Task:
-        """As configured, but for what a reference makes of the rows."""
+        """As configured, but for what a reference makes of the rows; those that no position is left for are refused."""
+        for each in (data.prepared.trees, data.held_out):
+            preflight.check_positions(model, each)
         objective = objective_of(config)
         if not isinstance(objective, Preference | Kto):
             return cls(objective, data.prepared.trees, data.held_out, {})
@@ -186,7 +188,8 @@ class _Task:
             trees, alone = _beside_others(trees, config, model)
             held_out = _set_aside(trees, data) or _beside_others(held_out, config, model)[0]
             if alone:
-                about["kl"] = f"estimated without {alone:,} rows, which no answer of another row fits"
+                rows = "row" if alone == 1 else "rows"
+                about["kl"] = f"estimated without {alone:,} {rows}, which no answer of another row fits"
         preflight.check_whole(trees, config.tokens_per_batch)
         preflight.check_whole(held_out, config.tokens_per_batch)
         return cls(objective, trees, held_out, about)
