@@ -181,6 +181,7 @@ def test_a_changed_run_is_refused_with_the_difference_unless_allowed(folder, who
     assert measured(output) != measured(whole)
 
 
+@pytest.mark.prove
 def test_a_corrupted_checkpoint_is_named_and_the_one_before_is_taken(folder, whole):
     output = folder / "corrupted"
     process = start(folder, "--output", output.name)

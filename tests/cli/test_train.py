@@ -88,6 +88,7 @@ def test_the_loss_falls_and_is_written_down(tuned):
     assert written["stop_tokens"]["<|im_end|>"] in generation["eos_token_id"]
 
 
+@pytest.mark.prove
 def test_an_adapter_is_loaded_by_plain_peft(folder, tuned):
     """The tuned model learns other answers as an adapter; its base stays as it was."""
     changed = [{**row, "output": row["output"].upper()} for row in rows(8)]
@@ -105,6 +106,7 @@ def test_an_adapter_is_loaded_by_plain_peft(folder, tuned):
     assert answers(model, tokenizer, 8) == [row["output"].upper() + "<|im_end|>" for row in rows(8)]
 
 
+@pytest.mark.prove
 def test_python_does_what_the_command_does(folder):
     given = ["--init", "base", "--data", "rows.jsonl", "--template", "alpaca", "--max-steps", "3", "--seed", "5"]
     instil(folder, *given, "--output", "command", "--precision", "fp32")
@@ -162,6 +164,7 @@ def test_a_tokenizer_that_is_not_the_models_is_refused(tuned, folder):
     assert not (folder / "x").exists()
 
 
+@pytest.mark.prove
 def test_a_run_that_cannot_fit_is_refused_with_what_would_fit(folder):
     deep = LlamaConfig(vocab_size=2048, hidden_size=128, num_hidden_layers=512, num_attention_heads=2).to_dict()
     (folder / "deep").mkdir()

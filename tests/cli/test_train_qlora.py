@@ -36,6 +36,7 @@ def folder(tmp_path_factory):
     return root
 
 
+@pytest.mark.prove
 def test_an_adapter_learned_on_the_quantized_base_answers_on_it(folder):
     given = ["--model", "base", "--data", "rows.jsonl", "--output", "adapter", *flags(CHOSEN | LEARNING)]
     told = instil(folder, *given).stderr

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from instil.conversation import Source
-from instil.errors import UsageError
+from instil.errors import DataError, UsageError
 from instil.evaluation.ifeval import (
     Followed,
     IfevalPrompt,
@@ -423,7 +423,7 @@ def test_a_key_stands_once(tmp_path):
 
 
 def test_a_file_that_cannot_be_read(tmp_path):
-    with pytest.raises(UsageError, match=r"missing\.jsonl.*No such file"):
+    with pytest.raises(DataError, match=r"missing\.jsonl: there is no such file"):
         read_prompts(tmp_path / "missing.jsonl")
     with pytest.raises(UsageError, match="holds no prompts"):
         read_prompts(written(tmp_path, ""))

@@ -73,6 +73,7 @@ def test_what_is_stored_is_what_the_exchanges_are(tmp_path, tokenizer, prompt_we
     assert spelled["rows"] == sum("<|im_end|>" in line for line in file.read_text().splitlines())
 
 
+@pytest.mark.prove
 def test_workers_change_nothing(tmp_path, tokenizer):
     file = write_rows(tmp_path / "rows.jsonl", conversations(3000))
     options = instil.PromptOptions(template="chatml")

@@ -529,6 +529,7 @@ except TrainingError as error:
 """
 
 
+@pytest.mark.prove
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of memory are Linux's")
 @pytest.mark.parametrize("place", ["step 1", "held-out rows"])
 def test_memory_that_runs_out_names_the_batch_and_what_to_lower(place):

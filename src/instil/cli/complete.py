@@ -25,6 +25,8 @@ _GIVE = "Give --prompt TEXT, --prompts FILE, or a text on standard input."
 class CompleteOptions(GenerationOptions):
     """Everything that `instil complete` takes."""
 
+    may_be_empty = ("prompt",)  # where the tokenizer begins a text with a token of its own
+
     prompt: list[str] = Field(default_factory=list, description="Text to go on with; may be given several times.")
     prompts: str | None = Field(
         default=None,
