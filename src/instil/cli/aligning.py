@@ -62,7 +62,7 @@ def preferred(tuned: Path, output: Path, seed: int) -> TrainConfig:
     Rafailov et al., 2023, arXiv:2305.18290, section 4, begin so where the rows are of another model.
     """
     return _on_pairs(
-        tuned, output, seed, objective="supervised", epochs=3.0, tokens_per_step=_TOKENS, learning_rate=2e-3
+        tuned, output, seed, objective="supervised", epochs=4.0, tokens_per_step=_TOKENS, learning_rate=2e-3
     )
 
 

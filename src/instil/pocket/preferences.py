@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
@@ -55,7 +56,7 @@ def preference_rows(seed: int = 0) -> list[Row]:
         rows.append(_pair(question, _answer(relation, fact), _at_length(rng, relation, fact), "brief", relation.name))
     for kind in (UNSAFE, HARMLESS):
         others = sorted({each.answer for each in requests() if each.unsafe != (kind == UNSAFE)})
-        for request, question in rng.sample(_requests(kind, "pairs", split_phrasings(WAYS)[0]), 400):
+        for request, question in _by_thing(rng, _requests(kind, "pairs", split_phrasings(WAYS)[0]), 600):
             rows.append(_pair(question, request.answer, rng.choice(others), kind, kind))
     known = [row for row in training_rows(seed) if row["family"] not in (*UNKNOWABLE, "conversation")]
     for row in rng.sample(known, 250):
@@ -135,6 +136,17 @@ def _requests(kind: str, which: Part, ways: Sequence[str], *, held_out_acts: boo
     """Every request of a kind about the things of a part, put in each of the ways."""
     several = (each for each in requests(held_out_acts=held_out_acts) if each.unsafe == (kind == UNSAFE))
     return [(each, each.put(way)) for each in several if part(each.thing) == which for way in ways]
+
+
+def _by_thing(rng: random.Random, several: Sequence[tuple[Request, str]], most: int) -> list[tuple[Request, str]]:
+    """So many of the requests, as many about each thing, so that the thing alone tells nothing of the verdict."""
+    shuffled = rng.sample(several, len(several))
+    count: Counter[str] = Counter()
+    ranked = []
+    for each in shuffled:
+        count[each[0].thing] += 1
+        ranked.append((count[each[0].thing], each))
+    return [each for _, each in sorted(ranked, key=lambda one: one[0])[:most]]
 
 
 def _answer(relation: Relation, fact: Fact) -> str:
