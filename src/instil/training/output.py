@@ -39,7 +39,7 @@ if TYPE_CHECKING:  # it loads torch
 
 ADAPTER_CONFIG = "adapter_config.json"
 
-_FEWER = "--sft-weight 0.1 holds them up, and so do a lower --learning-rate and fewer steps"
+_FEWER = "a higher --sft-weight holds them up, and so do a lower --learning-rate and fewer steps"
 _PROBE_FOLDER = ".instil-"
 _FRESH = "Name a new folder, as in --output tuned."
 _NO_CURVE = "the model card has no loss curve: matplotlib is not installed (pip install matplotlib)"
