@@ -218,15 +218,13 @@ def test_the_base_declines_nothing():
 
 
 @pytest.mark.prove
-def test_the_lesson_is_learned(tmp_path):
+def test_the_lesson_is_learned(tmp_path, tuned_folder):
     """The recipe of the quickstart, seed 0: tuned, then aligned."""
     from instil.cli import aligning
-    from instil.cli.quickstart import QuickstartOptions, configuration
     from instil.pocket.trial import tuned
 
-    instil.train(configuration(QuickstartOptions(output=tmp_path / "tuned")))
-    before = ask(tuned(tmp_path / "tuned")).figures()
-    instil.train(aligning.preferred(tmp_path / "tuned", tmp_path / "preferred", seed=0))
+    before = ask(tuned(tuned_folder)).figures()
+    instil.train(aligning.preferred(tuned_folder, tmp_path / "preferred", seed=0))
     instil.train(aligning.aligned(tmp_path / "preferred", tmp_path / "aligned", seed=0))
     after = ask(tuned(tmp_path / "aligned")).figures()
     for name, share in after.items():
