@@ -327,6 +327,7 @@ def test_rejects_hold_what_encoding_refused(instil, tokenizer, tmp_path):
     assert "mixed.jsonl:2  unread, rejected" in shown.stdout
 
 
+@pytest.mark.prove
 def test_output_that_cannot_be_written_or_shown(instil, tokenizer, rows, tmp_path):
     common = [sys.executable, "-m", "instil", "inspect", "--tokenizer", tokenizer, "--data", rows]
     common += ["--template", "chatml", "--row", "1"]

@@ -101,9 +101,8 @@ def whole(folder):
     return folder / "whole"
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.prove), (signal.SIGTERM, 143)]
-)
+@pytest.mark.prove
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_asked_once_it_saves_and_stops_and_goes_on_bit_for_bit(folder, whole, number, code):
     output = folder / number.name
     process = start(folder, "--output", output.name)
