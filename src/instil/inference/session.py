@@ -12,7 +12,8 @@ from typing import Any, Literal
 from instil.conversation import Conversation, Message
 from instil.data.strict_json import lone_surrogate
 from instil.errors import TemplateError, UsageError
-from instil.inference.engine import Answer, Ended
+from instil.inference.batch import Ended
+from instil.inference.engine import Answer
 from instil.inference.load import Loaded
 from instil.inference.options import SamplingOptions
 from instil.prompt import Renderer
