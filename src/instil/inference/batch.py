@@ -163,13 +163,25 @@ class Batch:
             for lane in self._lanes.values():
                 lane.leave(job)
 
-    def advance(self) -> None:
-        """One step: answers that wait are begun where there is room for them, else each gets one more token."""
+    def advance(self) -> list[Job]:
+        """One step: answers that wait are begun where there is room for them, else each gets one more token.
+
+        Returns:
+            The answers that have ended with it.
+        """
+        ended: list[Job] = []
         with torch.inference_mode():
             for alone, lane in self._lanes.items():
                 if lane.busy:
                     self._model.attend(not alone)
-                    lane.advance()
+                    ended += lane.advance()
+        return ended
+
+    def abandon(self) -> list[Job]:
+        """Forget all answers, after an error; return those that had not ended."""
+        left = [job for lane in self._lanes.values() for job in (*lane.active, *lane.waiting) if job.ended is None]
+        self._lanes.clear()
+        return left
 
     def close(self) -> None:
         """Give the model back as it was, and its memory."""
@@ -197,15 +209,14 @@ class _Lane:
         elif job in self.active:
             self._drop(self.active.index(job))
 
-    def advance(self) -> None:
+    def advance(self) -> list[Job]:
         """Answers that have ended leave their row, waiting ones come in where enough rows are free."""
         free = self._reader.rows - len(self.active)
         joining = []
         if self.waiting and free >= min(len(self.waiting), max(1, self._reader.rows // 8)):
             joining = self._next(free)
         if not joining:
-            self._take(self._reader.step([job.drawn[-1].id for job in self.active]), 0)
-            return
+            return self._take(self._reader.step([job.drawn[-1].id for job in self.active]), 0)
         prompts = [job.ids for job in joining]
         told = {n: job.told_top for n, job in enumerate(joining) if job.told_top is not None}
         logits, found = self._reader.join(prompts, told)
@@ -214,9 +225,9 @@ class _Lane:
         first = len(self.active)
         self._sampler.join(prompts, [job.sampling for job in joining], logits)
         self.active += joining
-        self._take(logits, first)
+        return self._take(logits, first)
 
-    def _take(self, logits: torch.Tensor, first: int) -> None:
+    def _take(self, logits: torch.Tensor, first: int) -> list[Job]:
         """The next token of the rows from `first` on; what has ended leaves."""
         rows = self.active[first:]
         drawn = self._sampler(logits, first, [next(job.draws) for job in rows], [job.top for job in rows])
@@ -228,6 +239,7 @@ class _Lane:
         for row in range(len(self.active) - 1, first - 1, -1):
             if self.active[row].ended is not None:
                 self._drop(row)
+        return [job for job in rows if job.ended is not None]
 
     def _drop(self, row: int) -> None:
         self._reader.drop(row)
