@@ -6,11 +6,12 @@ counts as known only if other calls, rendered by the same template, are read bac
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from os.path import commonprefix
 from typing import Any, NamedTuple
 
 from instil.conversation import Conversation, Message
@@ -20,7 +21,11 @@ from instil.inference.session import frame
 from instil.prompt import Renderer
 
 _NAME = re.compile(r"[\w.-]+")  # of a function, where it stands outside of the JSON
+_HEAD = 500
+"""Characters in which a text shows that no call begins with it."""
+
 _SAID = "zqSaidqz"
+_USER = Message("user", "a")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +48,8 @@ class ToolCall:
         return {"type": "function", **named, "function": {"name": self.name, "arguments": self.arguments}}
 
 
-_CALLS = (
-    ToolCall("zqFirstqz", {"zqWhereqz": "zqTherqz", "zqManyqz": 7}, "zqCallOne"),
+_PROBES = (
+    ToolCall("zqFirstqz", {"zqWhereqz": "zqThereqz", "zqManyqz": 7}, "zqCallOne"),
     ToolCall("zqSecondqz", {"zqWhenqz": "zqThenqz"}, "zqCallTwo"),
 )
 _OTHERS = (
@@ -53,7 +58,7 @@ _OTHERS = (
 )
 _TOOLS = tuple(
     {"type": "function", "function": {"name": call.name, "description": "a", "parameters": {"type": "object"}}}
-    for call in (*_CALLS, *_OTHERS)
+    for call in (*_PROBES, *_OTHERS)
 )
 
 
@@ -105,7 +110,7 @@ class CallFormat:
         if found is None:
             return text, []
         calls = self._calls(text, found.start())
-        if self._bare and any(call.name not in names for call in calls):
+        if self.bare and any(call.name not in names for call in calls):
             return text, []
         return (text[: found.start()].removesuffix(self.separator) if calls else text), calls
 
@@ -119,10 +124,10 @@ class CallFormat:
         body = self._body(text)
         if body is None:
             return len(text)
-        if self._bare:
-            return max(given, body) if self._may_begin(text[body:]) else len(text)
+        if self.bare:
+            return max(given, body) if self._may_begin(text[body : body + _HEAD]) else len(text)
         at = text.find(self.opening[0], max(given, body))
-        while at >= 0 and not self._may_begin(text[at:]):
+        while at >= 0 and not self._may_begin(text[at : at + _HEAD]):
             at = text.find(self.opening[0], at + 1)
         sure = text[given:] if at < 0 else text[given:at]
         return given + len(sure.rstrip())  # the rest may separate it from a call
@@ -175,13 +180,13 @@ class CallFormat:
         """Where the first call begins, if one does."""
         name = "" if self.middle is None else rf"{_NAME.pattern}\s*{_loose(self.middle)}"
         begin = re.compile(rf"{_loose(self.opening)}\s*{name}\s*(?=\{{)")
-        if not self._bare:
+        if not self.bare:
             return begin.search(text, body)
         spaces = len(text[body:]) - len(text[body:].lstrip())
         return begin.match(text, body + spaces)
 
     @property
-    def _bare(self) -> bool:
+    def bare(self) -> bool:
         """Whether the opening alone does not tell a call from what is said."""
         return not self.opening.strip("[{( \n")
 
@@ -238,31 +243,25 @@ class _Written(NamedTuple):
 
 def call_format(renderer: Renderer) -> CallFormat | None:
     """How the template writes calls; None if not as JSON, or in a way that cannot be read back."""
-    first = _rendered(renderer, _CALLS[:1])
-    if first is None:
+    rendered = _rendered(renderer, _PROBES[:1])
+    one = rendered and _written(rendered[0], 0, _PROBES[0])
+    if not rendered or not one:
         return None
-    text, stop = first
-    one = _written(text, 0, _CALLS[0])
-    if one is None:
-        return None
-    between = _between(renderer)
+    text, stop = rendered
     opening, separator = _opening(renderer, text[: one.start])
-    texts = opening, between or "", text[one.end :].strip(), (one.middle or "").strip()
-    special = {token.content for token in renderer.tokenizer.backend.get_added_tokens_decoder().values() if token.special}
-    spelled = dict.fromkeys(name for each in texts for name in renderer.encoder.spelled(each) if name in special)
     found = CallFormat(
-        opening,
-        between,
-        texts[2],
-        None if one.middle is None else texts[3],
-        one.keys.get("name", "name"),
-        one.keys.get("arguments", "arguments"),
-        one.keys.get("id"),
-        separator,
-        renderer.prompt(Conversation((Message("user", "a"),), _TOOLS)).prompt.rstrip().endswith("<think>"),
-        tuple(spelled),
-        stop,
+        opening=opening,
+        between=_between(renderer),
+        closing=text[one.end :].strip(),
+        middle=None if one.middle is None else one.middle.strip(),
+        name_key=one.keys.get("name", "name"),
+        arguments_key=one.keys.get("arguments", "arguments"),
+        id_key=one.keys.get("id"),
+        separator=separator,
+        thinks=_rendered_prompt(renderer).rstrip().endswith("<think>"),
+        stop=stop,
     )
+    found = replace(found, tokens=_special(renderer, found))
     return found if _reads_back(found, renderer) else None
 
 
@@ -270,11 +269,10 @@ def _reads_back(form: CallFormat, renderer: Renderer) -> bool:
     """Whether other calls, alone and beside text, come back as they were."""
     if form.separator.strip() or (form.middle and _NAME.match(form.middle)):
         return False
-    several = [_OTHERS[:1], _OTHERS] if form.between is not None else [_OTHERS[:1], _OTHERS[1:]]
     names = [call.name for call in _OTHERS]
-    for calls in several:
+    for calls in (_OTHERS[:1], _OTHERS[1:] if form.between is None else _OTHERS):
         wanted = [call if form.id_key else replace(call, id=None) for call in calls]
-        for said in ("", _SAID):
+        for said in ("",) if form.bare else ("", _SAID):
             rendered = _rendered(renderer, calls, said)
             if rendered is None and said:
                 continue  # it has no place for text beside a call
@@ -289,17 +287,19 @@ def _rendered(renderer: Renderer, calls: Sequence[ToolCall], said: str = "") -> 
     wire = tuple(call.to_wire() for call in calls)
     for reasoning in (None, "a"):  # some open <think> for the model, and take no answer without reasoning
         answer = Message("assistant", said, reasoning, wire)
-        try:
-            text = renderer.exchange(Conversation((Message("user", "a"), answer), _TOOLS), 1).completion
-        except TemplateError:
-            continue
-        stop = next((token for token in renderer.stop_tokens if text.endswith(token)), "")
-        return text.removesuffix(stop), stop
+        with suppress(TemplateError):
+            text = renderer.exchange(Conversation((_USER, answer), _TOOLS), 1).completion
+            stop = next((token for token in renderer.stop_tokens if text.endswith(token)), "")
+            return text.removesuffix(stop), stop
     return None
 
 
+def _rendered_prompt(renderer: Renderer) -> str:
+    return renderer.prompt(Conversation((_USER,), _TOOLS)).prompt
+
+
 def _written(text: str, at: int, call: ToolCall) -> _Written | None:
-    """The call where it stands first in a text from here on, if as JSON."""
+    """The first place from here on where the call stands as JSON, or its arguments do, behind its name."""
     decoder = StrictDecoder()
     wanted = {"name": call.name, "arguments": call.arguments, "id": call.id}
     for brace in (found.start() for found in re.finditer(r"\{", text) if found.start() >= at):
@@ -320,9 +320,9 @@ def _written(text: str, at: int, call: ToolCall) -> _Written | None:
 
 def _between(renderer: Renderer) -> str | None:
     """What stands between two calls, if the template has a place for two."""
-    rendered = _rendered(renderer, _CALLS)
-    one = rendered and _written(rendered[0], 0, _CALLS[0])
-    two = one and rendered and _written(rendered[0], one.end, _CALLS[1])
+    rendered = _rendered(renderer, _PROBES)
+    one = rendered and _written(rendered[0], 0, _PROBES[0])
+    two = rendered and one and _written(rendered[0], one.end, _PROBES[1])
     return rendered[0][one.end : two.start].strip() if rendered and one and two else None
 
 
@@ -333,13 +333,21 @@ def _opening(renderer: Renderer, before: str) -> tuple[str, str]:
         renderer: The template.
         before: What it puts before a call that stands alone.
     """
-    rendered = _rendered(renderer, _CALLS[:1], _SAID)
-    one = rendered and _written(rendered[0], 0, _CALLS[0])
+    rendered = _rendered(renderer, _PROBES[:1], _SAID)
+    one = rendered and _written(rendered[0], 0, _PROBES[0])
     if not rendered or not one:  # no text beside calls: what stands before an answer is known of a plain one
         return before.removeprefix(frame(renderer)[0]).rpartition("</think>")[2].strip(), ""
     behind = rendered[0][: one.start].rpartition(_SAID)[2]
-    opening = commonprefix([before[::-1], behind[::-1]])[::-1].strip()
-    return opening, behind[: behind.rindex(opening)] if opening else behind
+    opening = os.path.commonprefix([before[::-1], behind[::-1]])[::-1].strip()  # noqa: RUF071 (texts, not paths)
+    return opening, behind[: behind.rindex(opening)]
+
+
+def _special(renderer: Renderer, form: CallFormat) -> tuple[str, ...]:
+    """The special tokens among the texts of a format."""
+    added = renderer.tokenizer.backend.get_added_tokens_decoder().values()
+    special = {token.content for token in added if token.special}
+    texts = (form.opening, form.middle or "", form.between or "", form.closing)
+    return tuple(dict.fromkeys(name for text in texts for name in renderer.encoder.spelled(text) if name in special))
 
 
 def _object(value: Any) -> dict[str, Any] | None:
