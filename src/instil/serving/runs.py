@@ -39,7 +39,8 @@ _ALONE = {"Cache-Control": "private, no-cache", "Referrer-Policy": "no-referrer"
 
 Point = tuple[int, float]
 """A step, and what was measured."""
-Span = Literal[0, 10, 50, 200]
+Span = Literal["0", "10", "50", "200"]
+"""Steps that a running mean is about."""
 
 
 def router(folder: Path, key: str | None = None) -> APIRouter:
@@ -73,9 +74,9 @@ def router(folder: Path, key: str | None = None) -> APIRouter:
         "/api/runs/{run}",
         responses={304: {"description": "Nothing has changed."}, 404: {"description": "There is no such run."}},
     )
-    def show_run(request: Request, run: str, smooth: Span = 0) -> Response:
+    def show_run(request: Request, run: str, smooth: Span = "0") -> Response:
         """All that is known of a run. `smooth`: its series as running means over about so many steps."""
-        told = runs.told(run, smooth)
+        told = runs.told(run, int(smooth))
         return _missing(f"there is no run {run!r}") if told is None else _answer(request, told)
 
     @routes.get("/runs/{run}/reports/{name}", include_in_schema=False)
@@ -129,7 +130,7 @@ class _Runs:
     def __init__(self, folder: Path, key: str | None) -> None:
         self._folder = folder.resolve()
         self._key = key
-        self._read: dict[tuple[Path, Span], _Read] = {}
+        self._read: dict[tuple[Path, int], _Read] = {}
 
     def listed(self) -> dict[str, Any]:
         places = self._places()
@@ -147,7 +148,7 @@ class _Runs:
             ],
         }
 
-    def told(self, name: str, smooth: Span) -> dict[str, Any] | None:
+    def told(self, name: str, smooth: int) -> dict[str, Any] | None:
         place = self._places().get(name)
         run = self._run(place, smooth) if place is not None else None
         if place is None or run is None:
@@ -170,7 +171,7 @@ class _Runs:
             if RECORD in files or {_REPORT, _RESULTS} <= set(files)
         }
 
-    def _run(self, place: Path, smooth: Span) -> _Read | None:
+    def _run(self, place: Path, smooth: int) -> _Read | None:
         """The run of a folder; None if it holds none."""
         files = [place / RECORD, place / METRICS]
         if not files[0].is_file():
@@ -245,7 +246,7 @@ def _stamp(file: Path) -> tuple[int, int] | None:
     return found.st_mtime_ns, found.st_size
 
 
-def _detail(run: Run, span: Span) -> dict[str, Any]:
+def _detail(run: Run, span: int) -> dict[str, Any]:
     """The series of a run and its record; long series thinned, which is said."""
     thinned: dict[str, int] = {}
 
@@ -299,7 +300,8 @@ def thin(points: Sequence[Point], most: int = POINTS) -> list[Point]:
     """
     if len(points) <= most:
         return list(points)
-    stretches, inner = (most - 2) // 3, range(1, len(points) - 1)
+    inner, broken = range(1, len(points) - 1), any(not math.isfinite(value) for _, value in points)
+    stretches = (most - 2) // (3 if broken else 2)
     kept = {0, len(points) - 1}
     for number in range(stretches):
         stretch = inner[number * len(inner) // stretches : (number + 1) * len(inner) // stretches]
