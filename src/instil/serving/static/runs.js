@@ -154,6 +154,8 @@ function remarks(plain) {
     found.push(`In nats${pairs ? "" : " a token"}.`);
   }
   if (curves.some((curve) => curve.marks.length)) found.push("Hollow marks: on held-out rows.");
+  const without = curves.filter((curve) => !curve.line.length && !curve.marks.length);
+  if (without.length) found.push(`Not measured: ${without.map((curve) => curve.name).join(", ")}.`);
   const name = measure.split(":").at(-1);
   for (const run of plain.filter((each) => each.thinned[name])) {
     found.push(`${run.name}: ${count(run.losses.length)} of ${count(run.thinned[name])} points are shown, the highest and the lowest among them.`);
