@@ -319,6 +319,11 @@ def test_text_is_held_only_while_it_may_be_a_call(format_of):
     assert outside.push("some_name") == ""
     assert outside.push(" else") == "<function=some_name else"
 
+    listed = CallStream(format_of("list"), ["f"])
+    assert listed.push("Well. [TOOL_CALLS]\n") == "Well."
+    assert listed.push("[") == ""
+    assert listed.push("x") == " [TOOL_CALLS]\n[x"
+
     bare = CallStream(format_of("llama3"), ["f"])
     assert bare.push(" {") == ""
     assert bare.finish() == (" {", [])

@@ -273,8 +273,7 @@ def _reads_back(form: CallFormat, renderer: Renderer) -> bool:
             rendered = _rendered(renderer, calls, said)
             if rendered is None and said:
                 continue  # it has no place for text beside a call
-            content, found = form.parse(rendered[0], names) if rendered else ("", [])
-            if found != wanted or not content.endswith(said):
+            if rendered is None or form.parse(rendered[0], names)[1] != wanted:
                 return False
     return True
 
