@@ -232,8 +232,8 @@ def test_deleting(store):
     second = store.prefer(("b", 0), ("a", 0))
     third = store.rate("b", 0, "down")
     store.rate("c", 0, "up")
-    with pytest.raises(NotRecordedError, match="feedback-99, nothing"):
-        store.delete(["b", "nothing", "feedback-99"]) if False else store.delete(["feedback-99", "b", "nothing"])
+    with pytest.raises(NotRecordedError, match="nothing, feedback-99: not recorded"):
+        store.delete(["feedback-99", "b", "nothing"])
     assert len(store.interactions()) == 3, "nothing is deleted where one is not there"
     assert store.delete(["a"]) == Deleted(1, 2), "the comparison with it goes with it"
     assert second not in [each.id for each in store.judgements()]
