@@ -172,7 +172,8 @@ def _check_flags(tokens: Sequence[str]) -> list[str]:
     if not tokens or tokens[0] not in _COMMANDS:
         return []
     command = app[tokens[0]]
-    command.help = None  # now that it is loaded, its docstring says more
+    if command.default_command is not None:
+        command.help = None  # now that it is loaded, its docstring says more
     below = [name for name in command if not name.startswith("-")]
     if tokens[1:2] and tokens[1] in below:
         command = command[tokens[1]]
