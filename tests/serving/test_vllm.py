@@ -67,14 +67,17 @@ def test_a_whole_model(whole):
 
 
 def test_what_is_chosen(whole, tmp_path):
-    chosen = command(
-        str(whole), **AT, max_model_len=128, precision="bf16", trust_remote_code=True, template=tmp_path / "own.jinja"
+    own = tmp_path / "own.jinja"
+    own.write_text("{{ messages }}")
+    found = flags(
+        command(str(whole), **AT, max_model_len=128, precision="bf16", trust_remote_code=True, template=str(own))
     )
-    found = flags(chosen)
     assert found["--max-model-len"] == ["128"]
     assert found["--dtype"] == ["bfloat16"]
     assert found["--trust-remote-code"] == []
-    assert found["--chat-template"] == [str(tmp_path / "own.jinja")]
+    assert found["--chat-template"] == [str(own)]
+    with pytest.raises(UsageError, match="--engine vllm: --template chatml: is no file"):
+        command(str(whole), **AT, template="chatml")
 
 
 def test_the_template_is_given_what_training_gave_it(whole):

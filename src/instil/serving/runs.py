@@ -17,6 +17,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
 
 from instil.errors import UsageError
+from instil.serving.protocol import ApiError
 from instil.training.events import Evaluation, Step
 from instil.training.files import METRICS, RECORD, plain
 from instil.training.runs import Run, in_order, is_free, read_run, walk
@@ -26,16 +27,15 @@ POINTS = 1000
 
 _REPORT, _RESULTS = "report.html", "results.json"
 _PAGE = Path(__file__).parent / "static" / "runs.html"
-_PAGE_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
-    "font-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
-)
-# A report styles itself and runs nothing; in its sandbox it is of no origin, so it can ask this server for nothing.
-_REPORT_POLICY = (
-    "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'; "
-    "frame-ancestors 'none'"
-)
-_ALONE = {"Cache-Control": "private, no-cache", "Referrer-Policy": "no-referrer", "X-Content-Type-Options": "nosniff"}
+_PRIVATE = {"Cache-Control": "private, no-cache"}
+# A report styles itself and runs nothing; in its sandbox it is of no origin, so it can ask this server for nothing. A
+# browser refuses a sandbox to what closes itself off from its opener, as the pages here do.
+_APART = {
+    **_PRIVATE,
+    "Content-Security-Policy": "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Cross-Origin-Opener-Policy": "unsafe-none",
+}
 
 Point = tuple[int, float]
 """A step, and what was measured."""
@@ -63,7 +63,7 @@ def router(folder: Path, key: str | None = None) -> APIRouter:
 
     @routes.get("/runs", include_in_schema=False)
     def page() -> Response:
-        return FileResponse(_PAGE, headers={**_ALONE, "Content-Security-Policy": _PAGE_POLICY})
+        return FileResponse(_PAGE)
 
     @routes.get("/api/runs", responses={304: {"description": "Nothing has changed."}})
     def list_runs(request: Request) -> Response:
@@ -84,9 +84,7 @@ def router(folder: Path, key: str | None = None) -> APIRouter:
         found = runs.report(run, name, ticket)
         if found is None:
             return _missing(f"there is no report {name!r} of {run!r}, or the address has another ticket")
-        return FileResponse(
-            found, media_type="text/html", headers={**_ALONE, "Content-Security-Policy": _REPORT_POLICY}
-        )
+        return FileResponse(found, media_type="text/html", headers=_APART)
 
     return routes
 
@@ -95,15 +93,15 @@ def _answer(request: Request, value: Any) -> Response:
     """The value as JSON, unless the client has it already."""
     body = json.dumps(plain(value), allow_nan=False, separators=(",", ":")).encode()
     tag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
-    headers = {**_ALONE, "ETag": tag}
+    headers = {**_PRIVATE, "ETag": tag}
     if tag in request.headers.get("if-none-match", ""):
         return Response(status_code=304, headers=headers)
     return Response(body, media_type="application/json", headers=headers)
 
 
 def _missing(message: str) -> Response:
-    error = {"message": message, "type": "invalid_request_error", "param": None, "code": "not_found"}
-    return JSONResponse({"error": error}, status_code=404)
+    error = ApiError(404, message, code="not_found")
+    return JSONResponse(error.to_json(), error.status)
 
 
 @dataclass(frozen=True, slots=True)

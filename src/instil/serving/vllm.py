@@ -49,7 +49,7 @@ def hand_over(
     max_model_len: int | None = None,
     precision: Literal["auto", "bf16", "fp32"] = "auto",
     trust_remote_code: bool = False,
-    template: Path | None = None,
+    template: str | None = None,
     template_args: Mapping[str, Any] | None = None,
     ignored: Collection[str] = (),
 ) -> NoReturn:
@@ -64,12 +64,12 @@ def hand_over(
         max_model_len: Most tokens of a prompt and its answer; the model's limit.
         precision: What products are computed in; auto: what the model is stored in, as vLLM has it.
         trust_remote_code: Run the code that comes with the model.
-        template: The file of a chat template in place of the model's own.
+        template: A `.jinja` file with a chat template in place of the model's own.
         template_args: Its arguments; those that the model was trained with.
         ignored: The flags that were given and that vLLM knows nothing of.
 
     Raises:
-        UsageError: vLLM is not installed, or there are such flags, or it cannot serve the adapter.
+        UsageError: vLLM is not installed, there are such flags or no such file, or it cannot serve the adapter.
         ModelError: There is no such model.
     """
     if ignored:
@@ -108,15 +108,20 @@ def command(
     max_model_len: int | None = None,
     precision: Literal["auto", "bf16", "fp32"] = "auto",
     trust_remote_code: bool = False,
-    template: Path | None = None,
+    template: str | None = None,
     template_args: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """The command that serves a model as `hand_over` does, but for the environment.
 
     Raises:
-        UsageError: vLLM cannot serve the adapter.
+        UsageError: vLLM cannot serve the adapter, or there is no such template.
         ModelError: There is no such model.
     """
+    if template is not None and not Path(template).is_file():
+        raise UsageError(
+            f"--engine vllm: --template {template}: is no file",
+            "Name a .jinja file, or leave it out: a tuned model has its own.",
+        )
     from instil.model.load import adapter_config, base_of
     from instil.model.options import ModelOptions
 
@@ -131,9 +136,9 @@ def command(
             found += ["--tokenizer", str(folder)]
     if template is None and not (folder / _TOOL_TEMPLATES).is_dir():  # with another one for tools, vLLM chooses
         own = folder / _TEMPLATE
-        template = own if own.is_file() else None
+        template = str(own) if own.is_file() else None
     if template is not None:
-        found += ["--chat-template", str(template)]
+        found += ["--chat-template", template]
     if template_args is None:
         template_args = _record(folder).get("template", {}).get("arguments")
     if template_args:
