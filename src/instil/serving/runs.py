@@ -28,13 +28,11 @@ POINTS = 1000
 _REPORT, _RESULTS = "report.html", "results.json"
 _PAGE = Path(__file__).parent / "static" / "runs.html"
 _PRIVATE = {"Cache-Control": "private, no-cache"}
-# A report styles itself and runs nothing; in its sandbox it is of no origin, so it can ask this server for nothing. A
-# browser refuses a sandbox to what closes itself off from its opener, as the pages here do.
+# A report styles itself and runs nothing; in its sandbox it is of no origin, so it can ask this server for nothing.
 _APART = {
     **_PRIVATE,
     "Content-Security-Policy": "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "Cross-Origin-Opener-Policy": "unsafe-none",
 }
 
 Point = tuple[int, float]
