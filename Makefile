@@ -28,7 +28,8 @@ types: $(DEV) ## Check the types
 check: lint types test ## Run lint, types and tests
 
 prove: $(DEV) ## Run the longer proofs
-	$(BIN)/python -m pytest -m prove
+	$(BIN)/python -m pytest -m prove -n auto --dist loadfile
+	$(BIN)/python -m pytest -m load
 
 bench: $(DEV) ## Run the benchmarks, one after the other
 	@set -e; for file in benchmarks/bench_*.py; do \
