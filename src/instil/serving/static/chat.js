@@ -24,6 +24,9 @@ export function startChat(about, changed) {
   onChange = changed;
   byId("model").replaceChildren(...models.map(({ id, role }) => el("option", { value: id }, `${id} (${role})`)));
   byId("answers").querySelector("[value=compare]").hidden = models.length < 2;
+  byId("answers").onchange = () => {
+    byId("model").disabled = byId("answers").value === "compare";
+  };
   byId("composer").onsubmit = (event) => {
     event.preventDefault();
     send();
@@ -81,6 +84,7 @@ const actions = {
   },
   changed() {
     draw();
+    follow();
     keep();
   },
   async edit({ message, parent }) {
@@ -148,7 +152,7 @@ async function send() {
 async function answer(message, model) {
   await stop();
   const mode = model ? "once" : byId("answers").value;
-  const one = model ?? byId("model").value;
+  const one = models.some(({ id }) => id === model) ? model : byId("model").value;
   const asked = { once: [one], twice: [one, one], compare: models.map(({ id }) => id) }[mode];
   if (mode === "twice" && isGreedy()) say("At temperature 0 both answers are the same: set it in Settings.");
   const messages = wire(conversation, message);
@@ -187,7 +191,7 @@ function write(answers, messages, signal) {
 }
 
 /** What came is kept; an answer of which nothing came is taken out, and its trouble told. */
-function finish(message, answers) {
+async function finish(message, answers) {
   running = null;
   for (const each of answers) {
     if (each.content || each.ended === "stop" || each.ended === "length") continue;
@@ -196,8 +200,8 @@ function finish(message, answers) {
   }
   draw();
   follow();
-  keep();
   announce(answers.map(({ model, content }) => `${model}: ${content}`).join("\n"));
+  await keep();
 }
 
 /** Keep the end of the conversation in sight, unless the reader went up. */

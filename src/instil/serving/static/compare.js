@@ -18,7 +18,7 @@ export function pairMessage(shown, pair) {
     const side = `Answer ${"AB"[i]}`;
     const mine = { ...shown, message: answer, key: `${key}-${i}` };
     const heading = pair[0].model === pair[1].model ? side : `${side}: ${answer.model}`;
-    const { body, parts } = answerParts(mine, { heading });
+    const { body, parts } = answerParts(mine, { heading, paged: parent.next.length > 2 });
     bodies.set(answer, body);
     if (pair.every((one) => one.ended)) parts.push(choice(answer, pair[1 - i], mine));
     return el("section", { className: answer.preferred ? "preferred" : "", "aria-label": heading }, parts);

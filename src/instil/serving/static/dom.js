@@ -60,7 +60,7 @@ export function say(text) {
   note.textContent = text;
   note.classList.add("shown");
   clearTimeout(quiet);
-  quiet = setTimeout(() => note.classList.remove("shown"), 6000);
+  quiet = setTimeout(() => note.classList.remove("shown"), 4000);
 }
 
 /** Read a text out, unseen: a finished answer, once, and not token by token. */
@@ -76,6 +76,7 @@ export function ask(dialog, values = {}) {
   if (error) error.hidden = true;
   dialog.returnValue = "";
   dialog.showModal();
+  form.querySelector("textarea")?.setSelectionRange(0, 0);
   return new Promise((resolve) => {
     dialog.onclose = () => resolve(dialog.returnValue === "yes" ? Object.fromEntries(new FormData(form)) : null);
   });

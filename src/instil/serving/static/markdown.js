@@ -24,6 +24,7 @@ const ALLOWED = {
     "a p br hr em strong del code pre blockquote ul ol li h1 h2 h3 h4 h5 h6 table thead tbody tr th td"
   ).split(" "),
   ALLOWED_ATTR: ["href", "title", "align", "start", "class"],
+  ADD_URI_SAFE_ATTR: ["align", "start"],
   ALLOWED_URI_REGEXP: /^(?:https?:|mailto:)/i,
   ALLOW_DATA_ATTR: false,
   RETURN_DOM_FRAGMENT: true,

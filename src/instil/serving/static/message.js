@@ -51,18 +51,18 @@ export function drawAnswer(body, answer) {
 }
 
 /** The body of an answer, and around it who gave it and what can be done about it. */
-export function answerParts(shown, { heading } = {}) {
+export function answerParts(shown, { heading, paged = true } = {}) {
   const { message, key, actions } = shown;
   const body = el("div", { className: "text" });
   drawAnswer(body, message);
   const mine = message.by === "person";
-  const controls = [pager(shown)];
+  const controls = [paged ? pager(shown) : null];
   if (message.ended) {
     if (!mine) controls.push(...thumbs(message, key, actions.changed));
     controls.push(
       mine
         ? button("Change", () => actions.correct(shown), { key: `${key}-correct` })
-        : button("Write a better answer", () => actions.correct(shown), { key: `${key}-correct`, why: whyNot(message) }),
+        : button("Correct", () => actions.correct(shown), { key: `${key}-correct`, why: whyNot(message) }),
       button("Retry", () => actions.retry(shown), { key: `${key}-retry` }),
       button("Copy", () => copy(message.content), { key: `${key}-copy` }),
     );
