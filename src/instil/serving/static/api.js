@@ -59,7 +59,7 @@ export async function json(path, body) {
 }
 
 /** The data of each server-sent event, as text. */
-async function* events(response) {
+export async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
