@@ -91,6 +91,9 @@ async function* chunks(body, signal) {
   throw new ApiError("The answer broke off: the server closed the connection.");
 }
 
+/** What is worth keeping of a token and its probability; its bytes only where they are no text by themselves. */
+const kept = ({ token, logprob, bytes }) => ({ token, logprob, ...(token.includes("\uFFFD") && { bytes }) });
+
 /** Have an answer written into `answer`, piece by piece.
  *
  * `content`, `served` (the server's id), `promptIds` and `tokens` fill up as it comes; `ended` says how it ended: the server's
@@ -103,7 +106,9 @@ export async function generate(body, answer, { signal, onText = () => {} }) {
       if (chunk.prompt_token_ids) answer.promptIds = chunk.prompt_token_ids;
       for (const choice of chunk.choices) {
         const ids = choice.token_ids ?? [];
-        (choice.logprobs?.content ?? []).forEach((entry, i) => answer.tokens.push({ id: ids[i], ...entry }));
+        (choice.logprobs?.content ?? []).forEach((entry, i) => {
+          answer.tokens.push({ id: ids[i], ...kept(entry), likely: entry.top_logprobs.map(kept) });
+        });
         if (choice.finish_reason) answer.ended = choice.finish_reason;
         if (choice.delta.content) {
           answer.content += choice.delta.content;

@@ -26,21 +26,21 @@ export function pairMessage(shown, pair) {
   return { bodies, element: el("li", { className: "message assistant pair" }, columns) };
 
   function choice(answer, other, { key }) {
+    const rated = !whyNot(answer) && !whyNot(other);
     const choose = async () => {
-      if (!whyNot(answer) && !whyNot(other) && !(await prefer(answer, other))) return;
+      if (rated && !(await prefer(answer, other))) return;
       answer.preferred = true;
       other.preferred = false;
       actions.show(parent, parent.next.indexOf(answer));
     };
-    const unkept = whyNot(answer) ?? whyNot(other);
+    const offered = rated ? "This one is better" : "Go on with this one";
     return el(
       "p",
       { className: "choice" },
-      button(answer.preferred ? "You chose this one" : "This one is better", choose, {
+      button(answer.preferred ? "You chose this one" : offered, choose, {
         key: `${key}-better`,
         pressed: Boolean(answer.preferred),
         className: "choose",
-        why: unkept,
       }),
     );
   }

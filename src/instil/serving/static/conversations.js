@@ -33,7 +33,7 @@ export function path(conversation) {
   return found;
 }
 
-/** What the server is given to have an answer after `last` (a message of the path). */
+/** The messages that are shown, as the server takes them; up to `last`, where it is given. */
 export function wire(conversation, last) {
   const messages = conversation.system.trim() ? [{ role: "system", content: conversation.system }] : [];
   for (const { message } of path(conversation)) {

@@ -1,7 +1,7 @@
 // The conversations kept in this browser: opened, renamed, deleted, exported.
 
 import { current, open, stop } from "./chat.js";
-import { all, forget, save, title } from "./conversations.js";
+import { all, forget, save, title, wire } from "./conversations.js";
 import { ask, byId, button, download, el, redraw } from "./dom.js";
 
 /** Wire the list to the page and open what was open before. */
@@ -23,8 +23,9 @@ export async function startList() {
     go();
   };
   byId("export").onclick = () => {
+    const whole = { title: title(current()), messages: wire(current()), conversation: current() };
     const name = title(current()).replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 40);
-    download(`${name}.json`, JSON.stringify(current(), null, 2), "application/json");
+    download(`${name}.json`, JSON.stringify(whole, null, 2), "application/json");
   };
   const kept = await all().catch(() => []);
   await open(kept.find(({ id }) => id === sessionStorage.getItem("instil.open")));

@@ -75,7 +75,7 @@ function generated(tokens) {
 
 /** The token in hand: its id, its probability, and what else was likely. */
 function readout(entry) {
-  const rows = (entry.top_logprobs ?? []).map((other) =>
+  const rows = (entry.likely ?? []).map((other) =>
     el(
       "tr",
       { className: other.token === entry.token ? "taken" : "" },
