@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from instil.errors import UsageError
-from instil.inference import Engine, SamplingOptions
+from instil.inference import Engine, Sampling, SamplingOptions
 from instil.inference.cache import NAME
-from instil.inference.reading import SlotReader, forest
+from instil.inference.reading import Kept, SlotReader, forest
 from instil.model.forward import TreeModel
 
 from ..model.forests import KINDS, VOCABULARY, random_model
@@ -96,9 +96,9 @@ def test_logits_are_those_of_each_answer_by_itself(llama):
 
     with torch.inference_mode():
         model.set_attn_implementation(NAME)
-        reader = SlotReader(TreeModel(model, one_by_one="it generates"), 4, 40, shared=2)
+        reader = SlotReader(TreeModel(model, one_by_one="it generates"), 4, shared=2)
         rows, found = [list(each) for each in prompts[:3]], []
-        found += zip(map(list, rows), reader.join(rows), strict=True)
+        found += zip(map(list, rows), reader.join(rows)[0], strict=True)
         for step in range(20):
             if step in (3, 9):
                 reader.drop(0)
@@ -107,7 +107,7 @@ def test_logits_are_those_of_each_answer_by_itself(llama):
             if step in (5, 12):
                 new = [prompts[3], prompts[4]][: 4 - len(rows)]
                 rows += map(list, new)
-                found += zip(map(list, new), reader.join(new), strict=True)
+                found += zip(map(list, new), reader.join(new)[0], strict=True)
             tokens = [(7 * step + 3 * row) % VOCABULARY for row in range(len(rows))]
             rows = [[*row, token] for row, token in zip(rows, tokens, strict=True)]
             found += zip(map(list, rows), reader.step(tokens), strict=True)
@@ -222,3 +222,100 @@ def test_an_adapter_generates_as_it_is(letters):
     found = Engine(adapted, letters, []).generate(prompts, SamplingOptions(max_new_tokens=8))
     assert [own[0].ids for own in found] == [by_transformers(adapted, prompt, 8) for prompt in prompts]
     assert adapted.get_base_model().config._attn_implementation == "eager", "it is left as it was"
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma2", "gpt2"])
+def test_a_prompt_goes_on_from_what_was_read_before(kind):
+    model = random_model(kind)
+    with torch.inference_mode():
+        model.set_attn_implementation(NAME)
+        reader = SlotReader(TreeModel(model, one_by_one="it generates"), 3, shared=2, kept=30)
+        first, other = [3, 4, 5, 6, 7, 8], [9, 8, 7]
+        reader.join([first, other])
+        reader.step([10, 11])
+        reader.drop(0)
+        goes_on, new = [*first, 10, 12, 13], [20, 21]
+        logits, _ = reader.join([new, goes_on])
+        assert reader._kept.find(goes_on, 2)[1] == 7, "of which the first seven tokens were known"
+        found = [*zip(([*other, 11], new, goes_on), [reader.step([1, 2, 3])[0], *logits], strict=True)]
+        found[0] = ([*other, 11, 1], found[0][1])
+        model.set_attn_implementation("eager")
+        for ids, own in found:
+            torch.testing.assert_close(own, model(torch.tensor([ids])).logits[0, -1], atol=1e-6, rtol=1e-6)
+
+
+def test_what_is_kept_is_bounded_and_what_was_used_last_stays():
+    kept = Kept(10)
+    kept.keep([1, 2, 3, 4], {0: "a"})
+    kept.keep([5, 6, 7, 8], {0: "b"})
+    assert kept.find([1, 2, 3, 9], 2) == ({0: "a"}, 3)
+    kept.keep([1, 2], {0: "c"})
+    assert kept.find([1, 2, 9], 2) == ({0: "a"}, 2)
+    kept.keep([7, 7, 7], {0: "d"})
+    assert kept.find([5, 6, 7, 8, 9], 2) is None, "used least lately"
+    assert kept.find([1, 2], 2) is None, "the last token is read in any case"
+    kept.keep([1, 2, 3, 4, 5], {0: "e"})
+    assert [layers for _, layers in kept._read] == [{0: "d"}, {0: "e"}], "what goes on from one takes its place"
+    assert not kept.takes(range(11))
+
+
+def test_answers_come_and_go_and_change_nobody(llama, letters):
+    """Joined at any time, drawn in any way, left in the middle: what is said is what each says alone."""
+    engine = Engine(llama, letters, [7])
+    ways = [Sampling(), Sampling(temperature=1.0, seed=3), Sampling(temperature=0.8, top_k=9, repetition_penalty=1.2)]
+    prompts = some_prompts(12)
+
+    def job(number):
+        return engine.job(prompts[number], ways[number % 3], 4 + number, prompt=number)
+
+    expected = []
+    for number in range(12):
+        alone = engine.batch(1)
+        alone.add([own := job(number)])
+        while alone.busy:
+            alone.advance()
+        expected.append(own.said)
+    batch = engine.batch(4, kept=200)
+    jobs = [job(number) for number in range(12)]
+    left = {jobs[2], jobs[10]}
+    waiting = list(jobs)
+    for step in range(200):
+        if step % 3 == 0 and waiting:
+            batch.add([waiting.pop(0)])
+        if step == 8:
+            assert jobs[2].ended is None
+            batch.leave(jobs[2])
+        if step == 35:
+            batch.leave(jobs[10])
+        if batch.busy:
+            batch.advance()
+    assert not batch.busy
+    for number, each in enumerate(jobs):
+        assert each.said == expected[number][: len(each.said)]
+        assert (each.ended is None) == (each in left)
+        assert each in left or each.said == expected[number]
+    batch.close()
+    assert llama.config._attn_implementation != NAME
+
+
+@pytest.mark.parametrize("kind", ["llama", "gptj"])
+def test_a_prompt_is_told_of(kind, letters):
+    model = random_model(kind, torch.float32)
+    engine = Engine(model, letters, [])
+    batch = engine.batch(3)
+    jobs = [engine.job([3, 4, 5, 9, 9, 2], Sampling(), limit) for limit in (0, 1, 3)]
+    for each in jobs:
+        each.told_top = each.top = 2
+    batch.add(jobs)
+    while batch.busy:
+        batch.advance()
+    expected = torch.log_softmax(model(torch.tensor([[3, 4, 5, 9, 9, 2]])).logits[0], -1)
+    for each in jobs:
+        assert each.ended == "length"
+        assert len(each.drawn) == each.limit
+        assert each.told.logprobs == pytest.approx(
+            [expected[at, id].item() for at, id in enumerate([4, 5, 9, 9, 2])], abs=1e-4
+        )
+        assert [own[0][0] for own in each.told.top] == expected[:-1].argmax(-1).tolist()
+        assert all(len(own) == 2 for own in each.told.top)
+    assert jobs[2].drawn[0].top[0] == (jobs[2].drawn[0].id, jobs[2].drawn[0].logprob)

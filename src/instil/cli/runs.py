@@ -25,7 +25,6 @@ AsJson = Annotated[bool, Parameter(name="--json", negative=())]
 
 _COLOURS = {"running": "cyan", "finished": "green", "interrupted": "yellow"}  # all else: red
 _CURVE = 80  # columns at most
-_SHOWN_ABOVE = ("data", "output")
 
 runs = App(name="runs")
 
@@ -40,7 +39,7 @@ def list_runs(directory: Path = Path("."), /, *, as_json: AsJson = False) -> Non
     """
     found = find_runs(directory)
     if as_json:
-        _write([_summary(run) for run in found])
+        _write([{"run": run.name, **run.summary()} for run in found])
         return
     console = _console()
     if not found:
@@ -78,13 +77,14 @@ def show(run: Path, /, *, as_json: AsJson = False) -> None:
     """
     found = read_run(run)
     if as_json:
-        _write({**_summary(found), "changed": _changed(found), "record": found.record, **_series(found)})
+        facts = {"run": found.name, **found.summary(), "changed": found.changed()}
+        _write({**facts, "record": found.record, **_series(found)})
         return
     console = _console()
     console.print(Text(found.name, "bold"), _state(found.state))
     _print_grid(console, _facts(found))
     _print_curve(console, found)
-    _print_section(console, "Settings that are not the default", _changed(found))
+    _print_section(console, "Settings that are not the default", found.changed())
     _print_section(console, "Resolved", found.record.get("resolved") or {})
     _print_section(console, "Versions", found.record.get("versions") or {})
 
@@ -136,35 +136,6 @@ def _measures(run: Run) -> dict[str, str]:
         when: ", ".join(f"{name.replace('_', ' ')} {_number(value)}" for name, value in measures.items())
         for when, measures in several.items()
         if measures
-    }
-
-
-def _changed(run: Run) -> dict[str, Any]:
-    """The settings of a run that differ from the defaults of this version, less those that are shown by themselves."""
-    from instil.training.config import TrainConfig
-
-    fields = TrainConfig.model_fields.items()
-    defaults = {name: plain(each.get_default(call_default_factory=True)) for name, each in fields}
-    chosen: Mapping[str, Any] = run.record["config"]
-    return {
-        name: value
-        for name, value in chosen.items()
-        if name not in _SHOWN_ABOVE and value != defaults.get(name) and value is not None
-    }
-
-
-def _summary(run: Run) -> dict[str, Any]:
-    return {
-        "run": run.name,
-        "state": run.state,
-        "reason": run.reason,
-        "started": run.started.isoformat() if run.started else None,
-        "step": run.step,
-        "steps": run.steps,
-        "loss": run.loss,
-        "best_eval_loss": run.best.eval_loss if run.best else None,
-        "data": list(run.data),
-        "seconds": run.seconds,
     }
 
 

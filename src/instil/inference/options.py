@@ -45,6 +45,11 @@ class Sampling:
         """Whether the likeliest token is taken each time."""
         return self.temperature == 0.0
 
+    @property
+    def how(self) -> tuple[float, ...]:
+        """What says how a token is drawn, without what it follows from."""
+        return self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty
+
     def to_json(self) -> dict[str, Any]:
         """The values by name; where nothing is drawn, without those that say how."""
         values = asdict(self) | {"stop": list(self.stop)}

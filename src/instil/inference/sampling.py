@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from instil.inference.options import Sampling
+
+_AT_ONCE = 256
+"""Places of a prompt whose logits are held at once."""
+
+_DRAWN = 64
+"""Numbers drawn at once."""
 
 _LIKELIEST = 128
 """Tokens looked at for top-p; where they do not reach it, eight times as many, and so on."""
 
 
-def noise(seed: int, prompt: int, answer: int, count: int) -> NDArray[np.float64]:
-    """(count,) in [0, 1): a number for each token of an answer, whatever else is generated beside it."""
-    return np.random.default_rng([seed, prompt, answer]).random(count)
+def noise(seed: int, prompt: int, answer: int) -> Iterator[float]:
+    """Numbers in [0, 1), one for each token of an answer, whatever else is generated beside it."""
+    draws = np.random.default_rng([seed, prompt, answer])
+    while True:
+        yield from draws.random(_DRAWN).tolist()
 
 
 def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -87,55 +95,129 @@ def draw(scores: Tensor, uniform: Tensor) -> Tensor:
     return torch.minimum(places, last).squeeze(-1)
 
 
+class Drawn(NamedTuple):
+    """A token that was drawn.
+
+    Args:
+        id: Which.
+        logprob: The logarithm of the probability that the model gives it, before temperature and the rest; in nats.
+        top: The likeliest tokens there, each with its logarithm, the likeliest first; as many as were asked for.
+    """
+
+    id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
 class Sampler:
     """Draws the next token of each row of a batch, and remembers which tokens stand in it.
 
     Args:
-        sampling: How.
         rows: Most rows of the batch.
     """
 
-    def __init__(self, sampling: Sampling, rows: int) -> None:
-        self.sampling = sampling
+    def __init__(self, rows: int) -> None:
         self._rows = rows
+        self._how: list[Sampling] = []  # of each row
         self._seen: Tensor | None = None  # (rows, V) bool
 
-    def join(self, first: int, prompts: Sequence[Sequence[int]], logits: Tensor) -> None:
-        """Take in prompts as the rows from `first` on; `logits` are those behind them, (P, V)."""
-        if self.sampling.repetition_penalty == 1.0:
-            return
-        if self._seen is None:
-            self._seen = torch.zeros((self._rows, logits.shape[-1]), dtype=torch.bool, device=logits.device)
-        for row, prompt in enumerate(prompts, first):
+    def join(self, prompts: Sequence[Sequence[int]], how: Sequence[Sampling], logits: Tensor) -> None:
+        """Take in prompts as the next rows; `logits` are those behind them, (P, V)."""
+        for row, (prompt, own) in enumerate(zip(prompts, how, strict=True), len(self._how)):
+            if own.repetition_penalty == 1.0:
+                continue
+            if self._seen is None:
+                self._seen = torch.zeros((self._rows, logits.shape[-1]), dtype=torch.bool, device=logits.device)
             self._seen[row] = False
             self._seen[row, torch.tensor(prompt, device=logits.device)] = True
+        self._how += how
 
-    def move(self, source: int, target: int) -> None:
-        """Let the row `source` be the row `target`."""
+    def drop(self, row: int) -> None:
+        """Let the last row take the place of this one."""
         if self._seen is not None:
-            self._seen[target] = self._seen[source]
+            self._seen[row] = self._seen[len(self._how) - 1]
+        self._how[row] = self._how[-1]
+        self._how.pop()
 
-    def __call__(self, logits: Tensor, first: int, uniform: Sequence[float]) -> tuple[list[int], list[float]]:
-        """The next token of the rows from `first` on, and the logarithm of the probability that the model gives it.
+    def __call__(
+        self, logits: Tensor, first: int, uniform: Sequence[float], top: Sequence[int] | None = None
+    ) -> list[Drawn]:
+        """The next token of the rows from `first` on.
 
         Args:
             logits: (B, V), as the model gives them.
             first: The first of the rows.
             uniform: B numbers in [0, 1), one for each draw; unused where the likeliest is taken.
+            top: B numbers: how many of the likeliest tokens to tell of beside the one that was drawn; None for none.
         """
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        scores = logits
-        rows = slice(first, first + len(logits))
-        if self._seen is not None:
-            scores = penalize(logits, self._seen[rows], self.sampling.repetition_penalty)
-        if self.sampling.greedy:
-            chosen = scores.argmax(-1)  # (B,)
+        alike: dict[tuple[float, ...], list[int]] = {}
+        for place, own in enumerate(self._how[first : first + len(logits)]):
+            alike.setdefault(own.how, []).append(place)
+        if len(alike) == 1:
+            chosen = self._choose(logits, list(range(first, first + len(logits))), uniform)
         else:
-            left, ids = candidates(scores, self.sampling)
+            chosen = logits.new_zeros(len(logits), dtype=torch.long)  # (B,)
+            for places in alike.values():
+                rows = [first + place for place in places]
+                chosen[places] = self._choose(logits[places], rows, [uniform[place] for place in places])
+        totals = logits.logsumexp(-1)  # (B,)
+        logprobs = logits.gather(-1, chosen.unsqueeze(-1)).squeeze(-1) - totals
+        found = torch.stack([chosen.double(), logprobs.double()]).tolist()  # one wait for the device, not two
+        tops = [()] * len(logits) if not any(top or ()) else _likeliest(logits, totals, top or ())
+        return [Drawn(int(id), logprob, own) for id, logprob, own in zip(*found, tops, strict=True)]
+
+    def _choose(self, logits: Tensor, rows: Sequence[int], uniform: Sequence[float]) -> Tensor:
+        """(B,) The next tokens of rows that are drawn alike."""
+        how = self._how[rows[0]]
+        penalized = self._seen is not None and how.repetition_penalty != 1.0
+        seen = self._seen[list(rows)] if penalized and self._seen is not None else None
+        scores = logits if seen is None else penalize(logits, seen, how.repetition_penalty)
+        if how.greedy:
+            chosen = scores.argmax(-1)
+        else:
+            left, ids = candidates(scores, how)
             places = draw(left, torch.tensor(uniform, dtype=torch.float64).to(left.device))
             chosen = places if ids is None else ids.gather(-1, places.unsqueeze(-1)).squeeze(-1)
-        if self._seen is not None:
-            self._seen[rows].scatter_(-1, chosen.unsqueeze(-1), True)
-        logprobs = logits.gather(-1, chosen.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
-        found = torch.stack([chosen.double(), logprobs.double()]).tolist()  # one wait for the device, not two
-        return [int(each) for each in found[0]], found[1]
+        if seen is not None and self._seen is not None:
+            self._seen[torch.tensor(rows, device=chosen.device), chosen] = True
+        return chosen
+
+
+class Told(NamedTuple):
+    """What a model makes of the tokens of a prompt.
+
+    Args:
+        logprobs: Of each token but the first, given those before it; in nats.
+        top: For each of them the likeliest tokens there, with their logarithms.
+    """
+
+    logprobs: list[float]
+    top: list[tuple[tuple[int, float], ...]]
+
+
+def tell(logits: Callable[[slice], Tensor], ids: Sequence[int], top: int) -> Told:
+    """What a model makes of tokens.
+
+    Args:
+        logits: Gives (N, V) those of some of the places, of which each predicts the token after it.
+        ids: The tokens.
+        top: How many of the likeliest tokens to tell of at each place.
+    """
+    told = Told([], [])
+    for start in range(0, len(ids) - 1, _AT_ONCE):
+        part = slice(start, min(start + _AT_ONCE, len(ids) - 1))
+        found = logits(part)
+        found = found.to(torch.promote_types(found.dtype, torch.float32))
+        totals = found.logsumexp(-1)
+        wanted = torch.tensor(list(ids[part.start + 1 : part.stop + 1]), device=found.device)
+        told.logprobs.extend((found.gather(-1, wanted.unsqueeze(-1)).squeeze(-1) - totals).tolist())
+        told.top.extend(_likeliest(found, totals, [top] * len(found)))
+    return told
+
+
+def _likeliest(logits: Tensor, totals: Tensor, top: Sequence[int]) -> list[tuple[tuple[int, float], ...]]:
+    """For each row as many of the likeliest tokens as it asks for, with the logarithms of their probabilities."""
+    values, ids = logits.topk(min(max(top), logits.shape[-1]), dim=-1)
+    pairs = zip(ids.tolist(), (values - totals.unsqueeze(-1)).tolist(), strict=True)
+    return [tuple(zip(own[:count], logs[:count], strict=True)) for (own, logs), count in zip(pairs, top, strict=True)]

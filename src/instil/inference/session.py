@@ -12,7 +12,8 @@ from typing import Any, Literal
 from instil.conversation import Conversation, Message
 from instil.data.strict_json import lone_surrogate
 from instil.errors import TemplateError, UsageError
-from instil.inference.engine import Answer, Ended
+from instil.inference.batch import Ended
+from instil.inference.engine import Answer
 from instil.inference.load import Loaded
 from instil.inference.options import SamplingOptions
 from instil.prompt import Renderer
@@ -110,6 +111,10 @@ class Chat:
         self.engine.stop_ids |= frozenset(stop_ids(self.renderer))
         self._frame = frame(self.renderer)
 
+    def content(self) -> Content:
+        """What takes the text of an answer, and gives its content."""
+        return Content(*self._frame)
+
     def prompt(self, conversation: Conversation, sampling: SamplingOptions | None = None) -> Prompt:
         """The tokens that training saw before the answer to this conversation.
 
@@ -140,6 +145,23 @@ class Chat:
             "Shorten the message, or the system message.",
         )
 
+    def whole_prompt(self, conversation: Conversation) -> tuple[int, ...]:
+        """The tokens of `prompt`, of a conversation from which nothing is left out.
+
+        Raises:
+            TemplateError: The template refuses the conversation.
+            UsageError: It does not fit, or a message is no text.
+        """
+        _check_text(conversation)
+        ids = prompt_ids(self.renderer, conversation)
+        if self.engine.context and len(ids) >= self.engine.context:
+            raise TooLongError(
+                f"the conversation makes a prompt of {len(ids):,} tokens, and the model takes "
+                f"{self.engine.context:,}, its answer included",
+                "Shorten it.",
+            )
+        return tuple(ids)
+
     def reply(
         self, conversation: Conversation, sampling: SamplingOptions | None = None, on_text: OnAnswer | None = None
     ) -> Reply:
@@ -154,13 +176,10 @@ class Chat:
             TemplateError, UsageError: As `prompt`.
         """
         prompt = self.prompt(conversation, sampling)
-        said: dict[int, str] = {}
-        opening = self._frame[0]
+        said: dict[int, Content] = {}
 
         def hear(_: int, answer: int, piece: str) -> None:
-            before = said.get(answer, "")
-            said[answer] = before + piece
-            new = _content(said[answer], opening)[len(_content(before, opening)) :]
+            new = said.setdefault(answer, self.content()).push(piece)
             if new and on_text is not None:
                 on_text(answer, new)
 
@@ -169,9 +188,14 @@ class Chat:
         except KeyboardInterrupt as stop:
             if type(stop) is not KeyboardInterrupt:  # more than a wish to stop: a signal that ends the process
                 raise
-            texts = (_content(said[n], opening) for n in sorted(said))
-            stopped = tuple(ChatAnswer.of(text, "stopped", None) for text in texts if text)
+            for n in sorted(said):
+                said[n].finish()
+            stopped = tuple(ChatAnswer.of(said[n].text, "stopped", None) for n in sorted(said) if said[n].text)
             return Reply(conversation, stopped, len(prompt.ids), prompt.dropped_turns)
+        for n in sorted(said):
+            new = said[n].finish()
+            if new and on_text is not None:
+                on_text(n, new)
         return self._reply(conversation, prompt, found)
 
     def replies(
@@ -203,10 +227,49 @@ class Chat:
         return [self._reply(*each, answers) for each, answers in zip(asked, found, strict=True)]
 
     def _reply(self, conversation: Conversation, prompt: Prompt, answers: Sequence[Answer]) -> Reply:
-        opening, closing = self._frame
-        texts = (each.text.removeprefix(opening).removesuffix(closing) for each in answers)
-        found = tuple(ChatAnswer.of(t, each.ended, len(each.ids)) for t, each in zip(texts, answers, strict=True))
+        found = tuple(ChatAnswer.of(self.content().whole(each.text), each.ended, len(each.ids)) for each in answers)
         return Reply(conversation, found, len(prompt.ids), prompt.dropped_turns)
+
+
+class Content:
+    """The content of an answer as it comes, without what the template puts before and behind it.
+
+    Args:
+        opening: What the template puts before the content.
+        closing: What it puts between the content and the stop token.
+    """
+
+    def __init__(self, opening: str, closing: str) -> None:
+        self._opening, self._closing = opening, closing
+        self._said = ""
+        self.text = ""
+        """What was given out."""
+
+    def push(self, piece: str) -> str:
+        """Take text; return what is certain to be content now: not what may be the opening or the closing."""
+        self._said += piece
+        if self._opening.startswith(self._said):
+            return ""
+        content = self._said.removeprefix(self._opening)
+        held = next(n for n in range(len(self._closing), -1, -1) if content.endswith(self._closing[:n]))
+        return self._given(content[: len(content) - held])
+
+    def finish(self) -> str:
+        """The rest, when no text comes any more."""
+        if self._said and self._opening.startswith(self._said) and self._said != self._opening:
+            return self._given(self._said)
+        return self._given(self._said.removeprefix(self._opening).removesuffix(self._closing))
+
+    def whole(self, text: str) -> str:
+        """The content of an answer that is there as a whole."""
+        self.push(text)
+        self.finish()
+        return self.text
+
+    def _given(self, content: str) -> str:
+        new = content[len(self.text) :]
+        self.text += new
+        return new
 
 
 class ChatSession:
@@ -332,11 +395,6 @@ def _check_text(conversation: Conversation) -> None:
     for message in conversation.messages:
         if lone_surrogate(message.content):  # of bytes in the command line that are no UTF-8
             raise UsageError(f"the {message.role} message is not UTF-8", "Convert the text to UTF-8.")
-
-
-def _content(text: str, opening: str) -> str:
-    """What is said so far, without what the template puts before it; nothing while it may still be that."""
-    return "" if opening.startswith(text) else text.removeprefix(opening)
 
 
 def _to_record(message: Message) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import product
 
 from instil.prompt.tokenizer import Tokenizer
@@ -72,10 +72,14 @@ class TextStream:
         decoder: Of the model's tokenizer.
         prompt: The ids before the answer.
         stop: Texts before which it ends.
+        shown: Special tokens that are text here all the same: those of tool calls.
     """
 
-    def __init__(self, decoder: Decoder, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, decoder: Decoder, prompt: Sequence[int], stop: Sequence[str] = (), shown: Collection[int] = ()
+    ) -> None:
         self._decoder = decoder
+        self._dropped = decoder.special - set(shown)
         self._stop = stop
         self._ids, self._before = decoder.context(prompt)  # of what is not yet text, behind those of the last text
         self._known = len(self._ids)
@@ -90,7 +94,7 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """Take a token; return the text that is certain now, perhaps none."""
-        if token in self._decoder.special or self.stopped:
+        if token in self._dropped or self.stopped:
             return ""
         self._ids = [*self._ids, token]
         now = self._decoder.decode(self._ids)

@@ -62,13 +62,17 @@ class TokenText:
 
     def __call__(self, token_id: int) -> str:
         """The text; bytes that are no whole character as `<0xE2>`."""
+        return _decoded(self.raw(token_id))
+
+    def raw(self, token_id: int) -> bytes:
+        """The bytes that it stands for, perhaps a part of a character."""
         if token_id in self._special:
-            return self._special[token_id]
+            return self._special[token_id].encode()
         piece = self._backend.id_to_token(token_id) or f"<id {token_id}>"
         if self._bytes:
-            return _decoded(bytes(self._bytes.get(char, 63) for char in piece))
+            return bytes(self._bytes.get(char, 63) for char in piece)
         found = _BYTE.fullmatch(piece)
-        return _decoded(bytes([int(found[1], 16)])) if found else piece.replace("▁", " ")
+        return bytes([int(found[1], 16)]) if found else piece.replace("▁", " ").encode()
 
     def show(self, ids: Iterable[Any], weights: Iterable[Any], *, control: frozenset[int]) -> list[Shown]:
         """The tokens as they are shown."""

@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,10 +14,11 @@ from typing import Any
 
 from instil.errors import UsageError, nearest
 from instil.training.events import Evaluation, Step
-from instil.training.files import METRICS, RECORD, lock
+from instil.training.files import METRICS, RECORD, lock, plain
 from instil.training.metrics import read_metrics
 
 _STATES = ("running", "finished", "interrupted", "failed")
+_SHOWN_ABOVE = ("data", "output")
 _LIST = "List those there are with: instil runs DIR"
 
 
@@ -70,6 +71,33 @@ class Run:
         ends = [each.seconds for each in self.history[-1:]] + [each.seconds for each in self.evaluations[-1:]]
         return max(ends, default=None)
 
+    def summary(self) -> dict[str, Any]:
+        """How it stands, as plain values, less its name."""
+        return {
+            "state": self.state,
+            "reason": self.reason,
+            "started": self.started.isoformat() if self.started else None,
+            "step": self.step,
+            "steps": self.steps,
+            "loss": self.loss,
+            "best_eval_loss": self.best.eval_loss if self.best else None,
+            "data": list(self.data),
+            "seconds": self.seconds,
+        }
+
+    def changed(self) -> dict[str, Any]:
+        """The settings that differ from the defaults of this version, less those that are shown by themselves."""
+        from instil.training.config import TrainConfig
+
+        fields = TrainConfig.model_fields.items()
+        defaults = {name: plain(each.get_default(call_default_factory=True)) for name, each in fields}
+        chosen: Mapping[str, Any] = self.record["config"]
+        return {
+            name: value
+            for name, value in chosen.items()
+            if name not in _SHOWN_ABOVE and value != defaults.get(name) and value is not None
+        }
+
 
 def find_runs(directory: str | Path = ".") -> list[Run]:
     """The runs in a folder and below it, in the order in which they were begun; hidden folders are passed over.
@@ -79,18 +107,27 @@ def find_runs(directory: str | Path = ".") -> list[Run]:
     """
     if not Path(directory).is_dir():
         raise UsageError(f"{directory}: is no folder", "Name one that holds runs.")
-    found = []
+    found = [_read_if_possible(place) for place, files in walk(directory) if RECORD in files]
+    return sorted(found, key=in_order)
+
+
+def walk(directory: str | Path) -> Iterator[tuple[Path, list[str]]]:
+    """A folder and those below it, each with the names of its files: none that is hidden, none that a run holds."""
     for place, folders, files in os.walk(directory):
-        if RECORD in files:
-            folders.clear()  # what a run holds is its own
-            try:
-                found.append(read_run(Path(place)))
-            except UsageError as error:
-                reason = error.message.removeprefix(f"{Path(place)}: ")
-                found.append(Run(str(Path(place)), "unreadable", reason))
-        folders[:] = [name for name in folders if not name.startswith(".")]
-    first = datetime.min.replace(tzinfo=UTC)
-    return sorted(found, key=lambda run: (run.started or first, run.name))
+        yield Path(place), files
+        folders[:] = [] if RECORD in files else [name for name in folders if not name.startswith(".")]
+
+
+def in_order(run: Run) -> tuple[datetime, str]:
+    """What runs are sorted by: when they were begun."""
+    return run.started or datetime.min.replace(tzinfo=UTC), run.name
+
+
+def _read_if_possible(folder: Path) -> Run:
+    try:
+        return read_run(folder)
+    except UsageError as error:
+        return Run(str(folder), "unreadable", error.message.removeprefix(f"{folder}: "))
 
 
 def read_run(folder: str | Path) -> Run:
@@ -118,7 +155,7 @@ def read_run(folder: str | Path) -> Run:
         history, evaluations = read_metrics(metrics) if metrics.exists() else ([], [])
         return Run(
             name=str(folder),
-            state="killed" if state == "running" and _is_free(folder) else state,
+            state="killed" if state == "running" and is_free(folder) else state,
             reason=record.get("ended"),
             started=_time(started) if started is not None else None,
             steps=record["resolved"]["steps"] if record.get("resolved") else None,
@@ -131,7 +168,7 @@ def read_run(folder: str | Path) -> Run:
         raise UsageError(f"{folder}: {RECORD} is no record of a run: {_fault(error)}", _LIST) from error
 
 
-def _is_free(folder: Path) -> bool:
+def is_free(folder: Path) -> bool:
     """Whether no process trains there: the one that does holds a lock on the folder."""
     with contextlib.suppress(OSError):  # it is held, or may not be looked at
         number = lock(folder, shared=True)

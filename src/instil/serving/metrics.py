@@ -1,0 +1,37 @@
+"""What the server counts, for Prometheus."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+
+
+class Metrics:
+    """Counts of one server.
+
+    Args:
+        active: Gives the answers that are being generated.
+        opened: Gives those that were asked for and have not ended.
+    """
+
+    def __init__(self, active: Callable[[], float], opened: Callable[[], float]) -> None:
+        self._registry = CollectorRegistry()
+        named = {"registry": self._registry}
+        self.requests = Counter("instil_requests", "Requests answered.", ["path", "status"], **named)
+        self.prompt_tokens = Counter("instil_prompt_tokens", "Tokens of prompts.", ["model"], **named)
+        self.answer_tokens = Counter("instil_answer_tokens", "Tokens generated.", ["model"], **named)
+        self.left = Counter("instil_left", "Requests whose client left before the end.", **named)
+        self.first = Histogram("instil_first_token_seconds", "Until the first token.", buckets=_SECONDS, **named)
+        self.whole = Histogram("instil_answer_seconds", "Until the last token.", buckets=_SECONDS, **named)
+        for name, help, value in (
+            ("instil_answers_active", "Answers being generated.", active),
+            ("instil_answers_open", "Answers being generated or waiting.", opened),
+        ):
+            Gauge(name, help, **named).set_function(value)
+
+    def text(self) -> bytes:
+        """All of it, as Prometheus reads it."""
+        return generate_latest(self._registry)
