@@ -141,7 +141,7 @@ def shown(page):
 
 
 def test_an_answer_grows_while_it_is_written_and_is_there_after_a_reload(page):
-    settings(page, Temperature=0, Max_tokens=48)
+    settings(page, Temperature=1, Max_tokens=48)
     send(page, "Who are you?")
     lengths = page.evaluate("lengths")
     assert lengths == sorted(lengths)
@@ -157,7 +157,7 @@ def test_an_answer_grows_while_it_is_written_and_is_there_after_a_reload(page):
 
 
 def test_escape_stops_an_answer_and_what_was_said_stays(page):
-    settings(page, Temperature=0, Max_tokens=400)
+    settings(page, Temperature=1, Max_tokens=400)
     box(page).fill("Tell me a long story.")
     box(page).press("Enter")
     page.locator("#messages > li:last-child .text", has_text=re.compile(r"\S.{5}", re.DOTALL)).wait_for()
@@ -435,7 +435,7 @@ def test_what_a_person_does_becomes_rows_that_train(visit, server, tmp_path):
     send(page, "Not for training")
     thumb = page.get_by_role("button", name="Good answer")
     assert thumb.get_attribute("aria-disabled") == "true"
-    thumb.click()
+    thumb.press("Enter")
     assert "was not kept" in page.locator("#note").inner_text()
 
     press(page, "New conversation")
@@ -512,12 +512,12 @@ def test_a_server_with_a_key_asks_for_it_and_one_that_keeps_nothing_says_so(visi
     settings(page, Max_tokens=4)
     send(page, "Hello")
     assert len(shown(page)) == 2
-    press(page, "Good answer")
+    page.get_by_role("button", name="Good answer").press("Enter")
     assert "started without --record" in page.locator("#note").inner_text()
     # For this tab, not for the next.
     page.reload()
     page.wait_for_selector("body.ready")
-    assert page.evaluate("Object.values(localStorage)") == [json.dumps({"max_tokens": "4"})]
+    assert page.evaluate("Object.values(localStorage)") == ['{"max_tokens":"4"}']
 
     # What the server refuses is said, and what was typed stays.
     send(page, "too long " * 2000)

@@ -68,12 +68,12 @@ export function announce(text) {
   byId("announce").textContent = text;
 }
 
-/** Open a dialog of index.html and wait; what its form holds, or null when it was left. */
-export function ask(dialog, values = {}) {
+/** Open a dialog of index.html and wait; what its form holds, or null when it was left. `error` says why it asks again. */
+export function ask(dialog, values = {}, error = "") {
   const form = dialog.querySelector("form");
   for (const [name, value] of Object.entries(values)) form.elements[name].value = value;
-  const error = dialog.querySelector(".error");
-  if (error) error.hidden = true;
+  const told = dialog.querySelector(".error");
+  if (told) told.textContent = error;
   dialog.returnValue = "";
   dialog.showModal();
   form.querySelector("textarea")?.setSelectionRange(0, 0);

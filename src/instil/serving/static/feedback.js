@@ -91,11 +91,18 @@ export const prefer = (chosen, rejected) =>
 
 /** Have the person write the answer that should have been given; the text when the server has it, else null. */
 export async function correct(answer, written) {
-  for (let content = written; ; ) {
-    const given = await ask(byId("correction"), { content });
+  for (let content = written, error = ""; ; ) {
+    const given = await ask(byId("correction"), { content }, error);
     if (given === null) return null;
     content = given.content;
-    if (await send({ kind: "correction", id: answer.served, choice: 0, content }, "Your answer was kept.")) return content;
+    try {
+      await json("/api/feedback", { kind: "correction", id: answer.served, choice: 0, content });
+    } catch (refused) {
+      error = refused.message;
+      continue;
+    }
+    say("Your answer was kept.");
+    return content;
   }
 }
 

@@ -43,8 +43,8 @@ function keys(event) {
 
 async function start() {
   onKeyWanted(async (wrong) => {
-    byId("key-wrong").hidden = !wrong;
-    return (await ask(byId("key")))?.key ?? null;
+    const given = await ask(byId("key"), { key: "" }, wrong ? "The server does not take this key." : "");
+    return given?.key ?? null;
   });
   for (const close of document.querySelectorAll("dialog .close")) close.onclick = () => close.closest("dialog").close();
   byId("theme").onclick = turnTheme;

@@ -45,7 +45,7 @@ export function userMessage(shown) {
 /** Draw the text of an answer; again and again while it comes. */
 export function drawAnswer(body, answer) {
   const empty = answer.ended === "stop" && !answer.content.trim();
-  if (!answer.content && !answer.ended) return body.replaceChildren(el("p", { className: "soft" }, "…"));
+  if (!answer.content.trim() && !answer.ended) return body.replaceChildren(el("p", { className: "soft" }, "…"));
   body.replaceChildren(empty ? el("p", { className: "soft" }, "(an empty answer)") : markdown(answer.content));
   if (answer.ended === "error") body.append(el("p", { className: "error", role: "alert" }, answer.error));
   else if (ENDED[answer.ended]) body.append(el("p", { className: "soft" }, ENDED[answer.ended]));
