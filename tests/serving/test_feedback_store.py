@@ -101,7 +101,9 @@ def store(target):
 
 def test_what_is_recorded_comes_back(store, target):
     assert store.record(ASKED) == "chatcmpl-1"
-    odd = Given("half \ud83d, and \x00", ({"id": "1", "function": {"name": "f", "arguments": "{}"}},), "stop-string", ())
+    odd = Given(
+        "half \ud83d, and \x00", ({"id": "1", "function": {"name": "f", "arguments": "{}"}},), "stop-string", ()
+    )
     store.record(asked("chatcmpl-2", time=NOW - timedelta(hours=1), tools=(), prompt_ids=None, answers=(odd,)))
     with Store(target, create=False) as again:
         second, first = again.interactions()
@@ -184,7 +186,9 @@ def test_a_dialogue_that_training_would_refuse(store):
 
 
 def test_redaction(target):
-    said = ASKED.messages[1] | {"content": [{"type": "text", "text": "I am ann@ex"}, {"type": "text", "text": "ample.org"}]}
+    said = ASKED.messages[1] | {
+        "content": [{"type": "text", "text": "I am ann@ex"}, {"type": "text", "text": "ample.org"}]
+    }
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"to":"+1 415 555 2671", "n": 1}'}}
     with Store(target) as store:
         store.record(asked("plain"))

@@ -36,6 +36,7 @@ _COMMANDS = {
     "inspect": "Show the tokens of rows with what is trained marked, or count over the whole data set.",
     "train": "Tune a model on data.",
     "chat": "Talk with a model in the terminal, or have it answer prompts.",
+    "serve": "Serve a model: OpenAI's API, a page to talk to it, what people make of its answers as data.",
     "complete": "Go on with a text as a model would, with no chat template.",
     "score": "Show how probable each token of rows is to a model, and its rank, or the likelihood of all rows.",
     "evaluate": "Measure what a tuned model does, beside its base, with how sure each figure is.",

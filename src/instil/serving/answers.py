@@ -65,7 +65,7 @@ class Events(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[list[Mapping[str, Any]]]) -> None:
+    def __init__(self, events: AsyncIterator[Sequence[Mapping[str, Any]]]) -> None:
         super().__init__()
         del self.headers["content-length"]
         self._events = events
@@ -149,7 +149,9 @@ def chat_logprobs(model: ServedModel, tokens: Sequence[Drawn]) -> dict[str, Any]
     return {"content": [entry(t.id, t.logprob) | {"top_logprobs": [entry(*each) for each in t.top]} for t in tokens]}
 
 
-def completion_logprobs(model: ServedModel, job: Job, tokens: Sequence[Drawn], *, echo: bool, start: int) -> dict[str, Any]:
+def completion_logprobs(
+    model: ServedModel, job: Job, tokens: Sequence[Drawn], *, echo: bool, start: int
+) -> dict[str, Any]:
     """The probabilities of tokens, as the completions API tells them.
 
     Args:
@@ -180,5 +182,3 @@ def completion_logprobs(model: ServedModel, job: Job, tokens: Sequence[Drawn], *
         "top_logprobs": tops,
         "text_offset": offsets,
     }
-
-

@@ -132,7 +132,9 @@ class Guard:
         if path in _OPEN or path.startswith(_OPEN_BELOW):
             return
         if not self._guards.knows_key(headers.get("authorization", [""])[0]):
-            raise ApiError(401, "the API key is missing or wrong: send Authorization: Bearer KEY", code="invalid_api_key")
+            raise ApiError(
+                401, "the API key is missing or wrong: send Authorization: Bearer KEY", code="invalid_api_key"
+            )
 
 
 class _Bounded:

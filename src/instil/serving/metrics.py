@@ -18,19 +18,22 @@ class Metrics:
     """
 
     def __init__(self, active: Callable[[], float], opened: Callable[[], float]) -> None:
-        self._registry = CollectorRegistry()
-        named = {"registry": self._registry}
-        self.requests = Counter("instil_requests", "Requests answered.", ["path", "status"], **named)
-        self.prompt_tokens = Counter("instil_prompt_tokens", "Tokens of prompts.", ["model"], **named)
-        self.answer_tokens = Counter("instil_answer_tokens", "Tokens generated.", ["model"], **named)
-        self.left = Counter("instil_left", "Requests whose client left before the end.", **named)
-        self.first = Histogram("instil_first_token_seconds", "Until the first token.", buckets=_SECONDS, **named)
-        self.whole = Histogram("instil_answer_seconds", "Until the last token.", buckets=_SECONDS, **named)
+        own = self._registry = CollectorRegistry()
+        self.requests = Counter("instil_requests", "Requests answered.", ["path", "status"], registry=own)
+        self.prompt_tokens = Counter("instil_prompt_tokens", "Tokens of prompts.", ["model"], registry=own)
+        self.answer_tokens = Counter("instil_answer_tokens", "Tokens generated.", ["model"], registry=own)
+        self.left = Counter("instil_left", "Requests whose client left before the end.", registry=own)
+        self.first = Histogram("instil_first_token_seconds", "Until the first token.", buckets=_SECONDS, registry=own)
+        self.whole = Histogram("instil_answer_seconds", "Until the last token.", buckets=_SECONDS, registry=own)
         for name, help, value in (
             ("instil_answers_active", "Answers being generated.", active),
             ("instil_answers_open", "Answers being generated or waiting.", opened),
         ):
-            Gauge(name, help, **named).set_function(value)
+            Gauge(name, help, registry=own).set_function(value)
+
+    def count(self, path: str, status: int) -> None:
+        """A request to a path, as the server knows it, was answered with a status."""
+        self.requests.labels(path, status).inc()
 
     def text(self) -> bytes:
         """All of it, as Prometheus reads it."""

@@ -203,7 +203,7 @@ class ServedModel:
                 try:
                     ids = self._infill().ids(prompt, suffix)
                 except InstilError as error:
-                    raise ApiError(400, f"suffix: {error}", "suffix") from error
+                    raise ApiError(400, str(error), "suffix") from error
             else:
                 ids = self.loaded.encode(prompt)
         else:
@@ -212,7 +212,9 @@ class ServedModel:
             self.check_ids(prompt, "prompt")
             ids = prompt
         if not ids:
-            raise ApiError(400, f"{place}: is empty, and the tokenizer begins a text with no token of its own", "prompt")
+            raise ApiError(
+                400, f"{place}: is empty, and the tokenizer begins a text with no token of its own", "prompt"
+            )
         context = self.engine.context
         if context and len(ids) > context:
             raise self._too_long(place, len(ids))
@@ -220,7 +222,7 @@ class ServedModel:
 
     def _infill(self) -> Infill:
         if not isinstance(self.infill, Infill):
-            raise ApiError(400, f"suffix: {self.infill}", "suffix")
+            raise ApiError(400, str(self.infill), "suffix")
         return self.infill
 
     def _jobs(

@@ -68,7 +68,9 @@ class Body(BaseModel):
         if isinstance(value, Mapping):
             for name in value:
                 if name not in cls.model_fields:
-                    raise ValueError(f"{str(name)[:100]!r} is no field of this request: {nearest(str(name), cls.model_fields)}")
+                    raise ValueError(
+                        f"{str(name)[:100]!r} is no field of this request: {nearest(str(name), cls.model_fields)}"
+                    )
         if lone_surrogate(value):
             raise ValueError("a text holds half a surrogate pair, and is not UTF-8")
         return value
@@ -123,9 +125,8 @@ class Generation(Body):
             tokens: Most tokens of an answer.
             seed: Where the request names none.
         """
-        greedy = {"temperature": 0.0} if self.top_p == 0.0 else {}
         return SamplingOptions(
-            **{"temperature": self.temperature, **greedy},
+            temperature=0.0 if self.top_p == 0.0 else self.temperature,
             top_k=None if self.top_k is None else max(self.top_k, 0),
             top_p=self.top_p or None,
             min_p=self.min_p,
@@ -179,7 +180,9 @@ class CompletionRequest(Generation):
     )
     suffix: str | None = Field(default=None, description="What follows the gap that is to be filled.")
     echo: bool | None = Field(default=None, description="Put the prompt before the answer.")
-    logprobs: int | None = Field(default=None, ge=0, le=_MOST_TOP, description="Tell of so many of the likeliest tokens.")
+    logprobs: int | None = Field(
+        default=None, ge=0, le=_MOST_TOP, description="Tell of so many of the likeliest tokens."
+    )
     best_of: int | None = Field(default=None, ge=1, description="n alone.")
 
     @model_validator(mode="after")
@@ -195,8 +198,10 @@ class CompletionRequest(Generation):
         """The prompts, each by itself."""
         if isinstance(self.prompt, str):
             return [self.prompt]
-        alone = bool(self.prompt) and isinstance(self.prompt[0], int)
-        return [self.prompt] if alone else list(self.prompt)  # type: ignore[list-item]
+        several = [each for each in self.prompt if not isinstance(each, int)]
+        return (
+            several if len(several) == len(self.prompt) else [[each for each in self.prompt if isinstance(each, int)]]
+        )
 
 
 class TokenizeRequest(Body):

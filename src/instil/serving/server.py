@@ -258,7 +258,10 @@ class Server:
             return next(iter(self._models.values()))
         if name not in self._models:
             raise ApiError(
-                404, f"there is no model {name[:200]!r}: {nearest(name[:200], self._models)}", "model", "model_not_found"
+                404,
+                f"there is no model {name[:200]!r}: {nearest(name[:200], self._models)}",
+                "model",
+                "model_not_found",
             )
         return self._models[name]
 
@@ -283,9 +286,7 @@ class _Answering:
     prefix: str
     kind: Literal["chat", "completion"]
 
-    def __init__(
-        self, server: Server, model: ServedModel, request: Generation, asked: Asked, http: Request
-    ) -> None:
+    def __init__(self, server: Server, model: ServedModel, request: Generation, asked: Asked, http: Request) -> None:
         self.server, self.model, self.request, self.asked, self.http = server, model, request, asked, http
         self.id = f"{self.prefix}-{uuid.uuid4().hex}"
         self.created = int(time.time())
@@ -304,7 +305,7 @@ class _Answering:
         choices = [self.choice(job) for job in self.asked.jobs]
         return {**self._head(self.kinds[0]), "choices": choices, "usage": usage(self.asked), **self._prompt_ids()}
 
-    async def events(self, stream: Stream) -> AsyncIterator[list[Mapping[str, Any]]]:
+    async def events(self, stream: Stream) -> AsyncIterator[Sequence[Mapping[str, Any]]]:
         """The answers as they come."""
         counted = self.request.stream_options is not None and self.request.stream_options.include_usage
         head = self._head(self.kinds[1]) | ({"usage": None} if counted else {})
@@ -313,7 +314,7 @@ class _Answering:
             async with stream:
                 first = [{**head, "choices": [each]} for each in self.first()]
                 if first:
-                    first[0] |= self._prompt_ids()
+                    first[0] = {**first[0], **self._prompt_ids()}
                     yield first
                 async for heard in stream:
                     self._count(len(heard))
@@ -357,7 +358,9 @@ class _Answering:
 
     # Parts.
 
-    def interaction(self, id: str, jobs: Sequence[Job], messages: Sequence[Any], answers: Sequence[Given]) -> Interaction:
+    def interaction(
+        self, id: str, jobs: Sequence[Job], messages: Sequence[Any], answers: Sequence[Given]
+    ) -> Interaction:
         """A prompt and its answers, as they are recorded."""
         template = self.model.chat.renderer.template.name if self.model.chat and self.kind == "chat" else None
         conversation = self.asked.conversation
@@ -435,7 +438,9 @@ class _Chat(_Answering):
         number, said = self.index[job], self._said[job]
         logprobs = chat_logprobs(self.model, tokens) if self.request.logprobs else None
         more = {"logprobs": logprobs, **self.tokens_of(job, tokens)}
-        chunks = [self._chunk(number, {"content": text} if text else {}) | more] if text or len(more) > 1 or logprobs else []
+        chunks = (
+            [self._chunk(number, {"content": text} if text else {}) | more] if text or len(more) > 1 or logprobs else []
+        )
         if ended:
             calls = [{"index": at, **call} for at, call in enumerate(self._calls(job))]
             chunks += [self._chunk(number, {"tool_calls": calls})] if calls else []

@@ -1,0 +1,154 @@
+"""The server as a process: a socket, the models, the store, and an end that lets answers under way come to theirs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+import uvicorn
+
+from instil.errors import UsageError
+from instil.serving import runs
+from instil.serving.feedback import Store
+from instil.serving.guard import LOOPBACK, Guard, Guards
+from instil.serving.models import ServedModel
+from instil.serving.server import Recording, Server, application
+from instil.serving.worker import Worker
+
+_KEPT = 4  # contexts, but no more than a quarter of what memory holds
+_EXPIRE = 3600.0  # seconds
+_CONNECTIONS = 1024
+
+
+class Settings(Protocol):
+    """What is chosen about the server; see `instil serve --help`."""
+
+    host: str
+    allow_host: list[str]
+    max_batch: int
+    max_waiting: int
+    max_body: int
+    drain: float
+    record: str | None
+    consent: Literal["each", "all"]
+    redact: bool
+    phone_region: str
+    retention_days: int | None
+    runs: Path | None
+
+    @property
+    def key(self) -> str | None:
+        """What clients must name; None for nothing."""
+
+
+@contextlib.contextmanager
+def listen(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket that listens, before anything slow is done.
+
+    Raises:
+        UsageError: The address is none of this machine's, or the port is taken.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        opened = socket.socket(found[0], socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise UsageError(f"--host {host}: is no address of this machine: {error}", "Name one that is.") from error
+    with opened:
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            opened.bind(found[4])
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UsageError(
+                f"--host {host} --port {port}: cannot be listened on: {reason}",
+                "Give another --port; 0 takes a free one.",
+            ) from error
+        yield opened
+
+
+def run(models: Sequence[ServedModel], opened: socket.socket, settings: Settings) -> None:
+    """Serve until Ctrl-C or SIGTERM; then answers under way are given their time.
+
+    Raises:
+        UsageError, StoreError: There is no such store, or no such folder of runs.
+    """
+    store = None
+    if settings.record is not None:
+        store = Store(
+            settings.record,
+            redact=settings.redact,
+            phone_region=settings.phone_region,
+            retention_days=settings.retention_days,
+        )
+    engines = {model.name: model.engine for model in models}
+    fitting = min(engine.fitting for engine in engines.values()) // len(engines)
+    contexts = max(engine.context for engine in engines.values()) or fitting
+    worker = Worker(engines, settings.max_batch, settings.max_waiting, min(fitting // 4, _KEPT * contexts))
+    more = [] if settings.runs is None else [runs.router(settings.runs, settings.key)]
+    recording = Recording(store, settings.consent) if store is not None else None
+    server = Server(models, worker, recording, has_runs=bool(more))
+    guards = Guards(
+        settings.key,
+        frozenset(name.lower() for name in settings.allow_host),
+        settings.host not in LOOPBACK,
+        settings.max_body,
+    )
+    worker.start()
+    try:
+        asyncio.run(_serve(Guard(application(server, more), guards, server.metrics.count), opened, settings, store))
+    finally:
+        worker.stop()
+        if store is not None:
+            store.close()
+
+
+async def _serve(app: Guard, opened: socket.socket, settings: Settings, store: Store | None) -> None:
+    config = uvicorn.Config(
+        app,
+        log_level="critical",
+        access_log=False,
+        server_header=False,
+        date_header=True,
+        ws="none",
+        lifespan="on",
+        limit_concurrency=_CONNECTIONS,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=max(1, round(settings.drain)),
+    )
+    served = _Uvicorn(config, settings)
+    expiring = asyncio.create_task(_expire(store)) if store is not None else None
+    try:
+        await served.serve([opened])
+    finally:
+        if expiring is not None:
+            expiring.cancel()
+
+
+class _Uvicorn(uvicorn.Server):
+    """Says where it listens, and what an end waits for."""
+
+    def __init__(self, config: uvicorn.Config, settings: Settings) -> None:
+        super().__init__(config)
+        self._settings = settings
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        assert sockets
+        port = sockets[0].getsockname()[1]
+        host = f"[{self._settings.host}]" if ":" in self._settings.host else self._settings.host
+        kept = f"; recording to {self._settings.record}" if self._settings.record else ""
+        sys.stderr.write(f"instil: serving at http://{host}:{port}{kept} (Ctrl-C ends it)\n")
+        sys.stderr.flush()
+
+
+async def _expire(store: Store) -> None:
+    """Delete what has been kept long enough, now and from time to time."""
+    while store.retention_days is not None:
+        with contextlib.suppress(Exception):  # the next time will do
+            await asyncio.to_thread(store.expire)
+        await asyncio.sleep(_EXPIRE)
