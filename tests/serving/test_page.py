@@ -1,22 +1,19 @@
 """The page, in a real browser, on the real server."""
 
-import contextlib
 import hashlib
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-from dataclasses import dataclass
 from html.parser import HTMLParser
 from importlib import resources
-from pathlib import Path
 
 import pytest
 
-from instil.pocket import model_folder
+pytest.importorskip("fastapi", reason="FastAPI is not installed (pip install 'instil[serve]')")
+
+from .conftest import serving
 
 STATIC = resources.files("instil.serving") / "static"
 
@@ -71,69 +68,17 @@ def browser():
         chromium.close()
 
 
-@dataclass(frozen=True)
-class Served:
-    """A server that runs, and what it was given."""
-
-    url: str
-    model: Path
-    record: Path
-    key: str = ""
-
-
-def command(*arguments):
-    return [sys.executable, "-m", "instil", *map(str, arguments)]
+@pytest.fixture(scope="module")
+def guarded(tuned):
+    """A server that wants a key, and records nothing."""
+    with serving(tuned, INSTIL_API_KEY="sesame") as found:
+        yield found
 
 
 def instil(*arguments):
-    done = subprocess.run(command(*arguments), capture_output=True, text=True)
+    command = [sys.executable, "-m", "instil", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-@contextlib.contextmanager
-def serving(*arguments, **environment):
-    """`instil serve`, until Ctrl-C; its address."""
-    with subprocess.Popen(
-        command("serve", "--port", 0, *arguments), stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
-    ) as running:
-        said = []
-        for line in running.stderr:
-            said.append(line)
-            if found := re.search(r"serving at (http://[^\s;]+)", line):
-                break
-        else:
-            pytest.fail("".join(said))
-        yield f"{found[1]}/"
-        running.send_signal(signal.SIGINT)
-        rest = running.stderr.read()
-        assert "Traceback" not in rest
-        assert "error" not in rest
-
-
-@pytest.fixture(scope="module")
-def tuned(browser, tmp_path_factory):
-    """The bundled model, with the tokens of ChatML, after one step."""
-    folder = tmp_path_factory.mktemp("page")
-    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day."}]
-    (folder / "row.jsonl").write_text(json.dumps({"messages": messages}) + "\n", encoding="utf-8")
-    chosen = ("--model", model_folder(), "--template", "chatml", "--max-steps", 1, "--no-cache")
-    instil("train", *chosen, "--data", folder / "row.jsonl", "--output", folder / "tuned")
-    return folder / "tuned"
-
-
-@pytest.fixture(scope="module")
-def server(tuned, tmp_path_factory):
-    """It records, and has the base beside the tuned model."""
-    record = tmp_path_factory.mktemp("record")
-    with serving("--model", tuned, "--base", model_folder(), "--record", record) as url:
-        yield Served(url, tuned, record)
-
-
-@pytest.fixture(scope="module")
-def guarded(tuned):
-    """It wants a key, and records nothing."""
-    with serving("--model", tuned, INSTIL_API_KEY="sesame") as url:
-        yield Served(url, tuned, Path(), "sesame")
 
 
 # Notes, while an answer is being written, how long its text is.
@@ -151,7 +96,8 @@ def visit(browser):
     """Open the page in a fresh profile; at the end, whatever no view may ever do is looked for."""
     contexts, asked, errors = [], [], []
 
-    def visit(url, **options):
+    def visit(server, **options):
+        url = f"{server.url}/"
         context = browser.new_context(**{"viewport": {"width": 1200, "height": 850}, "reduced_motion": "reduce", **options})
         contexts.append(context)
         context.set_default_timeout(10_000)
@@ -174,8 +120,8 @@ def visit(browser):
 
 
 @pytest.fixture
-def page(visit, server):
-    page = visit(server.url)
+def page(visit, served):
+    page = visit(served)
     page.wait_for_selector("body.ready")
     return page
 
@@ -222,8 +168,12 @@ def test_an_answer_grows_while_it_is_written_and_is_there_after_a_reload(page):
     assert len(set(lengths)) > 3
     question, answer = shown(page)
     assert question == "Who are you?"
-    assert answer
-    assert page.locator("#announce").text_content().endswith(answer)
+    with page.expect_download() as file:
+        press(page, "Export")
+    kept = json.loads(file.value.path().read_text("utf-8"))
+    assert [message["role"] for message in kept["messages"]] == ["user", "assistant"]
+    # Read out once it is there, whole.
+    assert page.locator("#announce").text_content() == f"tuned: {kept['messages'][1]['content']}"
     page.reload()
     page.wait_for_selector("body.ready")
     assert shown(page) == [question, answer]
@@ -268,7 +218,7 @@ def test_an_answer_is_asked_for_again_and_a_message_edited_and_both_versions_sta
     assert shown(page) == ["Name a colour.", first]
 
 
-def test_the_token_view_shows_the_ids_that_were_served(page, server):
+def test_the_token_view_shows_the_ids_that_were_served(page, served):
     settings(page, Temperature=0, Max_tokens=8)
     page.get_by_text("System message").first.click()
     page.get_by_role("textbox", name="System message").first.fill("Be brief.")
@@ -280,7 +230,7 @@ def test_the_token_view_shows_the_ids_that_were_served(page, server):
     given = dialog.get_by_role("listbox", name="What the model sees").get_by_role("option")
     messages = sent.value.post_data_json["messages"]
     assert [message["role"] for message in messages] == ["system", "user"]
-    tokens = page.request.post(f"{server.url}tokenize", data={"messages": messages}).json()
+    tokens = served.client.post("/tokenize", json={"messages": messages}).json()
     assert [int(re.search(r"token (\d+)", name)[1]) for name in labels(given)] == tokens["tokens"]
     special = dialog.locator("#tokens-given .special").all_inner_texts()
     assert special == ["<|im_start|>", "<|im_end|>"] * 2 + ["<|im_start|>"]
@@ -448,8 +398,8 @@ CONTRAST = """() => {
 
 
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1200), ("dark", 390)])
-def test_every_view_is_readable_and_fits(visit, server, scheme, width):
-    page = visit(server.url, color_scheme=scheme, viewport={"width": width, "height": 800})
+def test_every_view_is_readable_and_fits(visit, served, scheme, width):
+    page = visit(served, color_scheme=scheme, viewport={"width": width, "height": 800})
     page.wait_for_selector("body.ready")
     seen = 0
 
@@ -495,14 +445,14 @@ def test_every_view_is_readable_and_fits(visit, server, scheme, width):
     assert seen > 100
 
 
-def exported(server, tmp_path, kind):
+def exported(served, tmp_path, kind):
     target = tmp_path / f"{kind}.jsonl"
-    instil("feedback", "export", "--record", server.record, "--output", target, "--kind", kind)
+    instil("feedback", "export", "--record", served.record, "--output", target, "--kind", kind)
     return [json.loads(line) for line in target.read_text("utf-8").splitlines()]
 
 
-def test_what_a_person_does_becomes_rows_that_train(visit, server, tmp_path):
-    page = visit(server.url)
+def test_what_a_person_does_becomes_rows_that_train(visit, served, tuned, tmp_path):
+    page = visit(served)
     page.wait_for_selector("body.ready")
     settings(page, Temperature=1, Max_tokens=24)
     # Not kept: nothing to rate, and it says why.
@@ -553,7 +503,7 @@ def test_what_a_person_does_becomes_rows_that_train(visit, server, tmp_path):
     with page.expect_download() as saved:
         press(page, "Download")
 
-    supervised = exported(server, tmp_path, "supervised")
+    supervised = exported(served, tmp_path, "supervised")
     trained = {row["messages"][-1]["content"] for row in supervised}
     assert trained >= {"What I would have said", "Good morning, Ana"}
     authored = next(row for row in supervised if row["messages"][-1]["content"] == "Good morning, Ana")
@@ -566,18 +516,18 @@ def test_what_a_person_does_becomes_rows_that_train(visit, server, tmp_path):
     assert [(m["role"], m["content"]) for m in authored["messages"]] == [
         (m["role"], m["content"]) for m in downloaded["messages"]
     ]
-    print(liked, better, worse, exported(server, tmp_path, "preference"))
-    chosen = ("--model", server.model, "--max-steps", 1, "--no-cache", "--output", tmp_path / "again")
+    print(liked, better, worse, exported(served, tmp_path, "preference"))
+    chosen = ("--model", tuned, "--max-steps", 1, "--no-cache", "--output", tmp_path / "again")
     instil("train", *chosen, "--data", tmp_path / "supervised.jsonl")
 
 
 def test_a_server_with_a_key_asks_for_it_and_one_that_keeps_nothing_says_so(visit, guarded):
-    page = visit(guarded.url)
+    page = visit(guarded)
     dialog = page.get_by_role("dialog", name="API key")
     dialog.get_by_label("API key").fill("wrong")
     page.keyboard.press("Enter")
     dialog.get_by_text("does not take this key").wait_for()
-    dialog.get_by_label("API key").fill(guarded.key)
+    dialog.get_by_label("API key").fill("sesame")
     page.keyboard.press("Enter")
     page.wait_for_selector("body.ready")
     assert page.get_by_role("switch").is_disabled()
