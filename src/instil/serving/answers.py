@@ -16,7 +16,7 @@ from instil.inference.sampling import Drawn
 from instil.inference.tools import ToolCall
 from instil.serving.models import Asked, ServedModel
 from instil.serving.protocol import ApiError
-from instil.serving.worker import FailedError, Heard
+from instil.serving.worker import FailedError, Heard, Stream
 
 T = TypeVar("T")
 
@@ -61,14 +61,16 @@ class Events(Response):
 
     Args:
         events: The JSON values, each an event.
+        stream: What they are made of; left at the end.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[Sequence[Mapping[str, Any]]]) -> None:
+    def __init__(self, events: AsyncIterator[Sequence[Mapping[str, Any]]], stream: Stream) -> None:
         super().__init__()
         del self.headers["content-length"]
         self._events = events
+        self._stream = stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send them."""
@@ -86,12 +88,13 @@ class Events(Response):
                 raise LeftError from None
             await _send(send, b"data: [DONE]\n\n", more=False)
 
-        try:
-            await _until_gone(receive, write())
-        except (LeftError, OSError):
-            pass
-        finally:
-            await self._events.aclose()  # type: ignore[attr-defined]
+        async with self._stream:
+            try:
+                await _until_gone(receive, write())
+            except (LeftError, OSError):
+                pass
+            finally:
+                await self._events.aclose()  # type: ignore[attr-defined]
 
 
 async def _put(send: Send, events: Sequence[Mapping[str, Any]]) -> None:

@@ -6,11 +6,12 @@ import asyncio
 import hmac
 import ipaddress
 import json
+import re
 import socket
 import sys
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -20,12 +21,13 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _OPEN = ("/", "/runs", "/health", "/favicon.ico")  # with no key: pages hold nothing, and ask for it
 _OPEN_BELOW = ("/static/", "/runs/")  # reports are opened with a ticket
 _SLOW = 30.0  # seconds in which a body must come
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[\w.-]+)(?::\d+)?", re.ASCII)
 
 CSP = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "font-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
 )
-_HEADERS = {
+HEADERS = {
     "content-security-policy": CSP,
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
@@ -55,10 +57,10 @@ class Guards:
         """Whether a request that names this host is meant for this server: a foreign name that leads here (DNS
         rebinding) is none.
         """
-        try:
-            name = urlsplit(f"//{header}").hostname or ""
-        except ValueError:
+        named = _HOST.fullmatch(header.lower())
+        if named is None:
             return False
+        name = named[1].strip("[]")
         if name in LOOPBACK or name in self.hosts:
             return True
         return self.public and (_is_address(name) or name == socket.gethostname().lower())
@@ -96,7 +98,7 @@ class Guard:
                 begun = True
                 self._answered(getattr(scope.get("route"), "path", ""), message["status"])
                 held = {name for name, _ in message["headers"]}
-                more = [(k.encode(), v.encode()) for k, v in _HEADERS.items() if k.encode() not in held]
+                more = [(k.encode(), v.encode()) for k, v in HEADERS.items() if k.encode() not in held]
                 message = {**message, "headers": [*message["headers"], *more]}
             await send(message)
 
@@ -123,7 +125,7 @@ class Guard:
         if len(host) != 1 or not self._guards.knows_host(host[0]):
             raise ApiError(403, "the Host header names no host of this server (--allow-host adds one)", code="host")
         for origin in headers.get("origin", []):
-            if urlsplit(origin).netloc.lower() != host[0].lower():
+            if origin.lower() not in (f"http://{host[0]}".lower(), f"https://{host[0]}".lower()):
                 raise ApiError(403, "the request comes from a page of another origin", code="origin")
         length = headers.get("content-length", ["0"])[0]
         if length.isdigit() and int(length) > self._guards.most_bytes:
@@ -131,6 +133,8 @@ class Guard:
         path = scope["path"]
         if path in _OPEN or path.startswith(_OPEN_BELOW):
             return
+        if headers.get("sec-fetch-site", [""])[0] in ("cross-site", "same-site"):
+            raise ApiError(403, "the request comes from a page of another origin", code="origin")
         if not self._guards.knows_key(headers.get("authorization", [""])[0]):
             raise ApiError(
                 401, "the API key is missing or wrong: send Authorization: Bearer KEY", code="invalid_api_key"
@@ -145,12 +149,13 @@ class _Bounded:
         self._left = most
         self._most = most
         self._whole = False
+        self._until = time.monotonic() + _SLOW
 
     async def __call__(self) -> Message:
         if self._whole:  # from now on it is waited for the client to leave
             return await self._receive()
         try:
-            message = await asyncio.wait_for(self._receive(), _SLOW)
+            message = await asyncio.wait_for(self._receive(), self._until - time.monotonic())
         except TimeoutError:
             raise ApiError(408, f"the body did not come within {_SLOW:.0f} seconds") from None
         self._left -= len(message.get("body", b""))

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel, model_validator
 
-from instil.data.strict_json import lone_surrogate
 from instil.errors import nearest
 from instil.inference.options import SamplingOptions
 
 _MOST_ANSWERS = 64
 _MOST_TOP = 20
+_MOST_MESSAGES = 2048
+_MOST_TOOLS = 512
+_MOST_STOPS = 16
 
 Text = Annotated[str, Field(min_length=1)]
+StopText = Annotated[str, Field(min_length=1, max_length=500)]
 TokenId = Annotated[int, Field(ge=0, strict=True)]
+# Lists end at their first mistake: a body may hold a million of them.
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
+Messages = Annotated[list[dict[str, Any]], Field(fail_fast=True, min_length=1, max_length=_MOST_MESSAGES)]
+Tools = Annotated[list[dict[str, Any]], Field(fail_fast=True, max_length=_MOST_TOOLS)]
 
 
 class ApiError(Exception):
@@ -68,11 +76,14 @@ class Body(BaseModel):
         if isinstance(value, Mapping):
             for name in value:
                 if name not in cls.model_fields:
-                    raise ValueError(
-                        f"{str(name)[:100]!r} is no field of this request: {nearest(str(name), cls.model_fields)}"
-                    )
-        if lone_surrogate(value):
-            raise ValueError("a text holds half a surrogate pair, and is not UTF-8")
+                    short = str(name)[:100]
+                    raise ValueError(f"{short!r} is no field of this request: {nearest(short, cls.model_fields)}")
+        try:
+            json.dumps(value, ensure_ascii=False, allow_nan=False, default=str).encode()
+        except UnicodeEncodeError:
+            raise ValueError("a text holds half a surrogate pair, and is not UTF-8") from None
+        except ValueError:
+            raise ValueError("a number is not finite, which JSON does not have") from None
         return value
 
 
@@ -84,7 +95,7 @@ class StreamOptions(Body):
 
 
 class Generation(Body):
-    """What all requests for answers have in common. What is unset is as the model's own `generation_config.json` says."""
+    """What all requests for answers have in common; what is unset is as the model's `generation_config.json` says."""
 
     model: str | None = Field(default=None, description="Which of the models; the tuned one by default.")
     temperature: float | None = Field(default=None, ge=0.0, le=100.0, description="0 takes the likeliest token.")
@@ -93,7 +104,9 @@ class Generation(Body):
     min_p: float | None = Field(default=None, ge=0.0, le=1.0)
     repetition_penalty: float | None = Field(default=None, gt=0.0, le=1e6)
     max_tokens: int | None = Field(default=None, ge=0, description="Most tokens of an answer.")
-    stop: Text | list[Text | None] | None = Field(default=None, description="Texts before which an answer ends.")
+    stop: StopText | Annotated[list[StopText | None], Field(fail_fast=True, max_length=_MOST_STOPS)] | None = Field(
+        default=None, description="Texts before which an answer ends."
+    )
     n: int | None = Field(default=None, ge=1, le=_MOST_ANSWERS, description="Answers to each prompt.")
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**64, description="The same seed, the same answers.")
     stream: bool | None = None
@@ -111,6 +124,11 @@ class Generation(Body):
             if getattr(self, name):
                 raise ValueError(f"{name}: is not supported: leave it out, or see repetition_penalty")
         return self
+
+    @property
+    def asked_for(self) -> int:
+        """How many answers are asked for."""
+        return self.n or 1
 
     @property
     def stops(self) -> list[str]:
@@ -141,8 +159,8 @@ class Generation(Body):
 class ChatRequest(Generation):
     """`POST /v1/chat/completions`."""
 
-    messages: list[dict[str, Any]] = Field(min_length=1, description="The conversation, its last turn to be answered.")
-    tools: list[dict[str, Any]] | None = Field(default=None, description="Functions that the model may call.")
+    messages: Messages = Field(description="The conversation, its last turn to be answered.")
+    tools: Tools | None = Field(default=None, description="Functions that the model may call.")
     tool_choice: str | dict[str, Any] | None = Field(default=None, description="auto or none.")
     parallel_tool_calls: bool | None = Field(default=None, description="true alone.")
     max_completion_tokens: int | None = Field(default=None, ge=0, description="Most tokens of an answer.")
@@ -175,9 +193,9 @@ class ChatRequest(Generation):
 class CompletionRequest(Generation):
     """`POST /v1/completions`."""
 
-    prompt: str | list[TokenId] | list[str] | list[list[TokenId]] = Field(
-        description="Text, the ids of its tokens, or a list of either. What spells a control token is text."
-    )
+    prompt: (
+        str | TokenIds | Annotated[list[str], Field(fail_fast=True)] | Annotated[list[TokenIds], Field(fail_fast=True)]
+    ) = Field(description="Text, the ids of its tokens, or a list of either. What spells a control token is text.")
     suffix: str | None = Field(default=None, description="What follows the gap that is to be filled.")
     echo: bool | None = Field(default=None, description="Put the prompt before the answer.")
     logprobs: int | None = Field(
@@ -194,6 +212,11 @@ class CompletionRequest(Generation):
         return self
 
     @property
+    def asked_for(self) -> int:
+        """How many answers are asked for."""
+        return len(self.prompts) * (self.n or 1)
+
+    @property
     def prompts(self) -> list[str | list[int]]:
         """The prompts, each by itself."""
         if isinstance(self.prompt, str):
@@ -208,8 +231,8 @@ class TokenizeRequest(Body):
     """`POST /tokenize`: a conversation as the model is given it, or a text as its tokenizer reads it."""
 
     model: str | None = None
-    messages: list[dict[str, Any]] | None = None
-    tools: list[dict[str, Any]] | None = None
+    messages: Messages | None = None
+    tools: Tools | None = None
     prompt: str | None = None
     add_special_tokens: bool = Field(default=True, description="BOS before a text, where the tokenizer adds it.")
     return_token_strs: bool = False
@@ -225,7 +248,7 @@ class DetokenizeRequest(Body):
     """`POST /detokenize`."""
 
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: TokenIds
 
 
 class Keeper(Protocol):
@@ -294,8 +317,8 @@ class Dialogue(Body):
     """A training dialogue that a person wrote."""
 
     kind: Literal["dialogue"]
-    messages: list[dict[str, Any]] = Field(min_length=1)
-    tools: list[dict[str, Any]] | None = None
+    messages: Messages
+    tools: Tools | None = None
 
     def keep(self, store: Keeper) -> str:
         """Keep it."""

@@ -8,6 +8,7 @@ import socket
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Literal, Protocol
 
 import uvicorn
@@ -16,13 +17,13 @@ from instil.errors import UsageError
 from instil.serving import runs
 from instil.serving.feedback import Store
 from instil.serving.guard import LOOPBACK, Guard, Guards
+from instil.serving.http import Connection
 from instil.serving.models import ServedModel
 from instil.serving.server import Recording, Server, application
 from instil.serving.worker import Worker
 
 _KEPT = 4  # contexts, but no more than a quarter of what memory holds
 _EXPIRE = 3600.0  # seconds
-_CONNECTIONS = 1024
 
 
 class Settings(Protocol):
@@ -116,7 +117,7 @@ async def _serve(app: Guard, opened: socket.socket, settings: Settings, store: S
         date_header=True,
         ws="none",
         lifespan="on",
-        limit_concurrency=_CONNECTIONS,
+        http=Connection,
         timeout_keep_alive=30,
         timeout_graceful_shutdown=max(1, round(settings.drain)),
     )
@@ -142,8 +143,23 @@ class _Uvicorn(uvicorn.Server):
         port = sockets[0].getsockname()[1]
         host = f"[{self._settings.host}]" if ":" in self._settings.host else self._settings.host
         kept = f"; recording to {self._settings.record}" if self._settings.record else ""
-        sys.stderr.write(f"instil: serving at http://{host}:{port}{kept} (Ctrl-C ends it)\n")
-        sys.stderr.flush()
+        _say(f"serving at http://{host}:{port}{kept} (Ctrl-C ends it)")
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal ends the server, the second what is still under way."""
+        if self.should_exit:
+            self.force_exit = True
+            raise KeyboardInterrupt
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        _say(f"ending: answers under way are given {self._settings.drain:g} seconds (Ctrl-C again ends at once)")
+        await super().shutdown(sockets)
+
+
+def _say(what: str) -> None:
+    sys.stderr.write(f"instil: {what}\n")
+    sys.stderr.flush()
 
 
 async def _expire(store: Store) -> None:

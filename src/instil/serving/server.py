@@ -21,6 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
 
 from instil import __version__
+from instil.data.strict_json import explain
 from instil.errors import InstilError, nearest
 from instil.inference.batch import Job
 from instil.serving.answers import (
@@ -192,12 +193,14 @@ class Server:
     async def chat(self, request: ChatRequest, http: Request) -> Response:
         """An answer to a conversation, or several."""
         model = self._named(request.model)
+        self._check_number(request)
         asked = await self._encoded(lambda: model.asked_chat(request))
         return await self._answer(_Chat(self, model, request, asked, http))
 
     async def complete(self, request: CompletionRequest, http: Request) -> Response:
         """Texts gone on with, or gaps filled."""
         model = self._named(request.model)
+        self._check_number(request)
         asked = await self._encoded(lambda: model.asked_completion(request))
         return await self._answer(_Completion(self, model, request, asked, http))
 
@@ -206,23 +209,24 @@ class Server:
         stream = self._stream(answering)
         self.metrics.prompt_tokens.labels(answering.model.name).inc(usage(answering.asked)["prompt_tokens"])
         if answering.request.stream:
-            return Events(answering.events(stream))
+            return Events(answering.events(stream), stream)
         try:
-            return JSONResponse(await unless_gone(answering.http, answering.whole(stream)))
+            async with stream:
+                return JSONResponse(await unless_gone(answering.http, answering.whole(stream)))
         except LeftError:
             self.metrics.left.inc()
             return Response(status_code=499)
         except FailedError:
             raise ApiError(500, "the model failed", code="internal_error") from None
 
+    def _check_number(self, request: Generation) -> None:
+        number, most = request.asked_for, self._worker.capacity
+        if number > most:
+            raise ApiError(400, f"asks for {number:,} answers at once, and this server takes {most:,}", "n")
+
     def _stream(self, answering: _Answering) -> Stream:
-        jobs = answering.asked.jobs
-        if len(jobs) > self._worker.capacity:
-            raise ApiError(
-                400, f"asks for {len(jobs):,} answers at once, and this server takes {self._worker.capacity:,}", "n"
-            )
         try:
-            return self._worker.stream(answering.model.name, jobs)
+            return self._worker.stream(answering.model.name, answering.asked.jobs)
         except FullError:
             raise ApiError(
                 429, "too many requests are waiting: try again", code="rate_limit_exceeded", retry_after=_RETRY_AFTER
@@ -296,11 +300,10 @@ class _Answering:
 
     async def whole(self, stream: Stream) -> dict[str, Any]:
         """The answers when all are there."""
-        async with stream:
-            async for heard in stream:
-                self._count(len(heard))
-                for job, text, _, ended in by_job(heard):
-                    self.take(job, text, ended=ended)
+        async for heard in stream:
+            self._count(len(heard))
+            for job, text, _, ended in by_job(heard):
+                self.take(job, text, ended=ended)
         await self._done()
         choices = [self.choice(job) for job in self.asked.jobs]
         return {**self._head(self.kinds[0]), "choices": choices, "usage": usage(self.asked), **self._prompt_ids()}
@@ -311,18 +314,17 @@ class _Answering:
         head = self._head(self.kinds[1]) | ({"usage": None} if counted else {})
         complete = False
         try:
-            async with stream:
-                first = [{**head, "choices": [each]} for each in self.first()]
-                if first:
-                    first[0] = {**first[0], **self._prompt_ids()}
-                    yield first
-                async for heard in stream:
-                    self._count(len(heard))
-                    yield [
-                        {**head, "choices": [choice]}
-                        for job, text, tokens, ended in by_job(heard)
-                        for choice in self.delta(job, self.take(job, text, ended=ended), tokens, ended=ended)
-                    ]
+            first = [{**head, "choices": [each]} for each in self.first()]
+            if first:
+                first[0] = {**first[0], **self._prompt_ids()}
+                yield first
+            async for heard in stream:
+                self._count(len(heard))
+                yield [
+                    {**head, "choices": [choice]}
+                    for job, text, tokens, ended in by_job(heard)
+                    for choice in self.delta(job, self.take(job, text, ended=ended), tokens, ended=ended)
+                ]
             complete = True
         finally:
             if not complete:
@@ -586,8 +588,15 @@ async def _told_invalid(request: Request, error: Exception) -> Response:
     first = error.errors()[0]
     place = [str(each) for each in first["loc"] if each != "body"]
     field = place[0] if place and first["type"] != "json_invalid" else None
-    said = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
-    what = "the body is not JSON" if first["type"] == "json_invalid" else said
+    what = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
+    if first["type"] == "json_invalid":
+        what = "the body is not JSON"
+    elif not place and first["type"] == "missing":
+        what = "there is no body"
+    elif not place and first["type"].startswith(("model_", "dict_")):
+        if isinstance(first["input"], bytes):  # not read, for it says that it is something else
+            return await _told(request, ApiError(415, "the body must be JSON: send Content-Type: application/json"))
+        what = "the body must be an object"
     return await _told(request, ApiError(400, f"{'.'.join(place)}: {what}" if field else what, field))
 
 
@@ -595,6 +604,9 @@ async def _told_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if isinstance(error.__cause__, ApiError):  # met while the body was read
         return await _told(request, error.__cause__)
+    if isinstance(error.__cause__, (ValueError, RecursionError)):
+        broken = "is not UTF-8" if isinstance(error.__cause__, UnicodeDecodeError) else explain(error.__cause__)
+        return await _told(request, ApiError(400, f"the body cannot be read: {broken}"))
     code = "unknown_url" if error.status_code == 404 else None
     own = ApiError(error.status_code, str(error.detail), code=code)
     return JSONResponse(own.to_json(), own.status, error.headers)
