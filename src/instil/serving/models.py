@@ -23,6 +23,7 @@ from instil.prompt.inspect import TokenText
 from instil.serving.protocol import ApiError, ChatRequest, CompletionRequest, Generation
 
 _COMPLETION_TOKENS = 16  # OpenAI's default
+_TOO_LONG = "the prompt is longer than the model's context length"  # words by which some clients know it
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +130,8 @@ class ServedModel:
         try:
             return self.chat.whole_prompt(conversation)
         except TooLongError as error:
-            raise ApiError(400, error.message, "messages", "context_length_exceeded") from error
+            said = f"{_TOO_LONG}: {error.message}"
+            raise ApiError(400, said, "messages", "context_length_exceeded") from error
         except InstilError as error:
             raise ApiError(400, str(error), "messages") from error
 
@@ -259,7 +261,7 @@ class ServedModel:
     def _too_long(self, place: str, tokens: int) -> ApiError:
         return ApiError(
             400,
-            f"{place}: has {tokens:,} tokens, and the model's context holds {self.engine.context:,} with the answer",
+            f"{_TOO_LONG}: {place} has {tokens:,} tokens, the context holds {self.engine.context:,} with the answer",
             "prompt",
             "context_length_exceeded",
         )
