@@ -1,13 +1,13 @@
 """Requests that mean harm, or are broken: none brings the server down, none gets more than its due."""
 
 import json
-import os
 import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import httpx
@@ -23,6 +23,7 @@ ASK = [{"role": "user", "content": "What is the capital of Peru?"}]
 SECRET = "zqwhisperedzq"
 LONG = {"messages": ASK, "max_tokens": 400, "temperature": 2.0, "top_p": 1.0, "stream": True}
 JSON = {"content-type": "application/json"}
+WRONG = ["Bearer", "sesame", "Bearer sesam", "Bearer sesames", "Basic sesame", "Bearer s\u00e9same"]
 FOREIGN = [
     "evil.example",
     "127.0.0.1.evil.example",
@@ -159,7 +160,7 @@ def post(served, path, content, **headers):
         (b'{"messages": [{"role": "user", "content": "a"}], "temperature": 1e999}', "not finite"),
         (b'{"messages": [{"role": "user", "content": "a"}], "tools": [{"a": -Infinity}]}', "not finite"),
         (b'{"messages": [{"role": "user", "content": "a"}], "\\ud800": 1}', "no field"),
-        (b'{"messages": [' + b"1," * 200_000 + b"1]}", "at most 2048"),
+        (b'{"messages": [' + b"1," * 200_000 + b"1]}", "valid dictionary"),
         (b'{"messages": [' + b'{"role": "x", "content": "a"},' * 90_000 + b"{}]}", "at most 2048"),
         (b'{"messages": [{"role": "user", "content": "a"}], "stop": [' + b'"a",' * 100_000 + b'"a"]}', "stop"),
         (b'{"messages": [{"role": "user", "content": "a"}], "' + b"x" * 1_000_000 + b'": 1}', "no field"),
@@ -203,7 +204,7 @@ def test_a_body_says_that_it_is_json(attacked):
 def test_a_body_that_is_too_large(attacked):
     """It is refused by its length before it is read, and where none is given when there is too much."""
     large = 5 * 2**20
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:PORT\r\nContent-Type: application/json\r\n"
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:PORT\r\nConnection: close\r\n"
     for length in (large, 10**30):
         status, headers, body = say(attacked, head + f"Content-Length: {length}\r\n\r\n".encode())
         check_refusal(status, headers, body)
@@ -227,7 +228,6 @@ def test_a_body_that_is_too_large(attacked):
         b"\x00\x01\x02\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",  # TLS
         b"GET /health\r\n\r\n",
-        b"GET /health HTTP/9.9\r\nHost: localhost\r\n\r\n",
         b"GET /health HTTP/1.1\r\n\r\n",
         b"GET /health HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n\r\n",
         b"GET /health HTTP/1.1\r\nHost: localhost\r\nbroken\r\n\r\n",
@@ -335,15 +335,7 @@ def test_no_data_without_the_key(guarded):
         "/tokenize",
     }
     for method, path in [*asked, ("GET", "/openapi.json"), ("GET", "/nothing"), ("POST", "/api/nothing")]:
-        for given in (
-            None,
-            "Bearer ",
-            "sesame",
-            "Bearer sesam",
-            "Bearer sesames",
-            "Basic sesame",
-            "Bearer s\u00e9same",
-        ):
+        for given in (None, *WRONG):
             headers = {} if given is None else {"Authorization": given.encode()}
             answer = guarded.client.request(method, path.replace("{model}", "tuned"), headers=headers)
             check_refusal(answer.status_code, answer.headers, answer.content)
@@ -502,8 +494,8 @@ def test_what_is_said_is_not_logged(attacked):
 
 def fuzz(served, examples, seed):
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{served.url}/openapi.json", "--seed", str(seed)]
-    command += ["--checks", "not_a_server_error", "--max-examples", str(examples), "--no-color", "--workers", "2"]
-    command += ["--phases", "coverage,fuzzing", "--generation-database", "none", "--request-timeout", "60"]
+    command += ["--checks", "not_a_server_error", "--max-examples", str(examples), "--no-color", "--workers", "1"]
+    command += ["--phases", "fuzzing", "--generation-database", "none", "--request-timeout", "60"]
     command += ["--continue-on-failure", "--suppress-health-check", "all"]
     done = subprocess.run(command, capture_output=True, text=True, cwd="/")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
@@ -511,10 +503,114 @@ def fuzz(served, examples, seed):
 
 
 def test_what_schemathesis_thinks_of(attacked):
-    assert fuzz(attacked, 12, 1) > 200
+    assert fuzz(attacked, 20, 1) > 200
 
 
 @pytest.mark.prove
 @pytest.mark.parametrize("seed", range(3))
 def test_all_that_schemathesis_thinks_of(attacked, seed):
     assert fuzz(attacked, 300, seed) > 2000
+
+
+# The beginning and the end
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--host", "0.0.0.0"], "--host 0.0.0.0: others could ask the model, and no key is set"),
+        (["--host", "::"], "--host ::: others could ask the model, and no key is set"),
+        (["--host", "example.org"], "--host example.org: others could ask the model, and no key is set"),
+        (["--port", "65536"], "--port 65536: must be 65535 or less"),
+        (["--port", "TAKEN"], "cannot be listened on: Address already in use"),
+        (["--host", "192.0.2.1", "--api-key", "a"], "cannot be listened on"),
+        (["--model", "/nowhere"], "/nowhere"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_served(tuned, flags, said):
+    """One clear error, before the model is loaded."""
+    with closing(socket.socket()) as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        flags = [str(taken.getsockname()[1]) if each == "TAKEN" else each for each in flags]
+        port = [] if "--port" in flags else ["--port", "0"]
+        model = [] if "--model" in flags else ["--model", str(tuned)]
+        command = [sys.executable, "-m", "instil", "serve", *model, *port, *flags]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("instil: ") == 1
+    assert done.stdout == ""
+
+
+def test_an_end_lets_answers_come_to_theirs(tuned):
+    """Ctrl-C: who is being answered is answered, nobody else comes in, and it ends with 0."""
+    with serving(tuned, "--precision", "fp32") as served:
+        with served.client.stream("POST", "/v1/chat/completions", json={**LONG, "n": 8}) as under_way:
+            lines = under_way.iter_lines()
+            next(lines)
+            served.process.send_signal(signal.SIGINT)
+            until(lambda: refused(served))
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+        chunks = [json.loads(line.removeprefix("data: ")) for line in rest[:-1]]
+        ended = [each["index"] for chunk in chunks for each in chunk["choices"] if each["finish_reason"]]
+        assert sorted(ended) == list(range(8))
+        assert served.process.wait(20) == 0
+        said = served.process.stderr.read()
+        assert said == "instil: ending: answers under way are given 30 seconds (Ctrl-C again ends at once)\n"
+
+
+def test_a_second_signal_ends_at_once(tuned):
+    with serving(tuned, "--precision", "fp32") as served:
+        with served.client.stream("POST", "/v1/chat/completions", json={**LONG, "n": 64}) as under_way:
+            next(under_way.iter_lines())
+            served.process.send_signal(signal.SIGTERM)
+            until(lambda: refused(served))
+            served.process.send_signal(signal.SIGINT)
+            assert served.process.wait(10) == 130
+        assert served.process.stderr.read().splitlines()[1:] == ["instil: interrupted"]
+
+
+def refused(served):
+    try:
+        socket.create_connection(("127.0.0.1", port_of(served)), timeout=5).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("number", range(4))
+def test_what_was_acknowledged_is_there_after_kill_9(tuned, tmp_path, number):
+    """Clients correct as fast as they can; the server is killed; each correction that was acknowledged is kept."""
+    acknowledged = []
+    with serving(tuned, "--precision", "fp32", "--record", tmp_path / "kept", "--consent", "all") as served:
+
+        def correct(client):
+            with httpx.Client(base_url=served.url, timeout=20) as http:
+                for at in range(1000):
+                    asked = {"messages": [{"role": "user", "content": f"{client} {at}"}], "max_tokens": 1}
+                    try:
+                        answer = http.post("/v1/chat/completions", json=asked).json()
+                        text = f"corrected {client} {at}."
+                        body = {"kind": "correction", "id": answer["id"], "content": text}
+                        if http.post("/api/feedback", json=body).status_code == 200:
+                            acknowledged.append(text)
+                    except httpx.TransportError:
+                        return
+
+        with ThreadPoolExecutor(4) as pool:
+            clients = [pool.submit(correct, client) for client in range(4)]
+            until(lambda: len(acknowledged) > 20 + 15 * number, 60)
+            served.process.kill()
+            for client in clients:
+                client.result()
+    command = [sys.executable, "-m", "instil", "feedback", "export", "--record", str(tmp_path / "kept")]
+    command += ["--kind", "supervised", "--output", str(tmp_path / "rows.jsonl")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = (tmp_path / "rows.jsonl").read_text()
+    assert [text for text in acknowledged if f'"{text}"' not in rows] == []

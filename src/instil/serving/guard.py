@@ -66,8 +66,8 @@ class Guards:
         return self.public and (_is_address(name) or name == socket.gethostname().lower())
 
     def knows_key(self, header: str) -> bool:
-        """Whether the right key is named, found out in the same time whatever is named."""
-        return self.key is None or hmac.compare_digest(header.encode(), f"Bearer {self.key}".encode())
+        """Whether a header names the right key, found out in the same time whatever it names."""
+        return self.key is None or hmac.compare_digest(header.encode("latin-1"), f"Bearer {self.key}".encode())
 
 
 class Guard:
