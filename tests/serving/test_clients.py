@@ -333,7 +333,7 @@ PAIRS = [
     ("What is the capital of Peru?", " Lima"),
     ("What is the capital of Peru?", " The capital of Peru is Lima."),
     ("What is the color of grass? ", "green"),
-    ("Houses and hou", "ses"),
+    ("One, two, thr", "ee, four, five."),  # a token may straddle the seam
 ]
 TEXTS = [("The capital of Peru is Lima.",), ("One, two, three. " * 20,)]
 

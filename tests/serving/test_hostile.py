@@ -205,7 +205,7 @@ def test_a_body_that_is_too_large(attacked):
     """It is refused by its length before it is read, and where none is given when there is too much."""
     large = 5 * 2**20
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:PORT\r\nConnection: close\r\n"
-    for length in (large, 10**30):
+    for length in (large, 10**18):
         status, headers, body = say(attacked, head + f"Content-Length: {length}\r\n\r\n".encode())
         check_refusal(status, headers, body)
         assert status == 413
@@ -343,10 +343,10 @@ def test_no_data_without_the_key(guarded):
             assert answer.json()["error"]["code"] == "invalid_api_key"
     assert guarded.client.get("/v1/models", headers=right).status_code == 200
     assert guarded.client.get("/health").json() == {"status": "ok"}
-    for path in ("/static/../v1/models", "/static/..%2fmetrics", "//metrics", "/METRICS"):
-        answer = guarded.client.get(path)
-        assert answer.status_code in (401, 404)
-        assert b"instil_" not in answer.content
+    for path in ("/static/../v1/models", "/static/..%2fmetrics", "/static/%2e%2e/metrics", "//metrics", "/METRICS"):
+        status, _, body = say(guarded, f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+        assert status in (401, 404)
+        assert b"instil_" not in body
 
 
 def test_a_key_is_compared_in_whole():
@@ -503,7 +503,7 @@ def fuzz(served, examples, seed):
 
 
 def test_what_schemathesis_thinks_of(attacked):
-    assert fuzz(attacked, 20, 1) > 200
+    assert fuzz(attacked, 40, 1) > 250
 
 
 @pytest.mark.prove

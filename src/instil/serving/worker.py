@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from queue import Empty, SimpleQueue
 from types import TracebackType
@@ -88,7 +89,8 @@ class Stream:
 
     def wake(self) -> None:
         """Tell the loop that something came; from the thread."""
-        self._loop.call_soon_threadsafe(self._came.set)
+        with suppress(RuntimeError):  # the loop has ended, and the server with it
+            self._loop.call_soon_threadsafe(self._came.set)
 
     def _hear(self, job: Job, piece: str) -> None:
         self._heard.append(Heard(job, piece, job.drawn[-1] if job.drawn else None, job.ended is not None))
