@@ -5,7 +5,14 @@ import { byId, button, download, el, grow, redraw, say } from "./dom.js";
 import { author, isRecording } from "./feedback.js";
 import { sampling } from "./settings.js";
 
-const fresh = () => ({ user: "", about: "", assistant: "", system: "", turns: [{ role: "user", content: "" }], saved: false });
+const fresh = () => ({
+  user: "",
+  about: "",
+  assistant: "",
+  system: "",
+  turns: [{ role: "user", content: "" }],
+  saved: false,
+});
 
 let dialogue = fresh();
 let running = null; // the draft that is being written
@@ -30,7 +37,13 @@ export function startAuthoring() {
   byId("write-new").onclick = () => {
     if (!dialogue.saved && dialogue.turns.some(({ content }) => content) && !confirm("Discard this dialogue?")) return;
     stopDraft();
-    dialogue = { ...fresh(), user: dialogue.user, about: dialogue.about, assistant: dialogue.assistant, system: dialogue.system };
+    dialogue = {
+      ...fresh(),
+      user: dialogue.user,
+      about: dialogue.about,
+      assistant: dialogue.assistant,
+      system: dialogue.system,
+    };
     changed();
     draw();
   };
@@ -54,7 +67,8 @@ function missing() {
   if (empty >= 0) return `Turn ${empty + 1} is empty.`;
   const twice = dialogue.turns.findIndex(({ role }, i) => role !== (i % 2 ? "assistant" : "user"));
   if (twice >= 0) return `Turn ${twice + 1} should be ${name(twice % 2 ? "assistant" : "user")}'s.`;
-  if (dialogue.turns.length < 2 || dialogue.turns.at(-1).role !== "assistant") return `The last turn should be ${name("assistant")}'s.`;
+  if (dialogue.turns.length < 2 || dialogue.turns.at(-1).role !== "assistant")
+    return `The last turn should be ${name("assistant")}'s.`;
   return undefined;
 }
 
@@ -70,7 +84,9 @@ function state() {
   const off = "This server keeps nothing (it was started without --record): download the dialogue instead.";
   byId("write-save").disabled = Boolean(why) || !isRecording() || dialogue.saved;
   byId("write-download").disabled = Boolean(why);
-  byId("write-state").textContent = dialogue.saved ? "Saved for training." : (why ?? (isRecording() ? "Ready to be saved." : off));
+  byId("write-state").textContent = dialogue.saved
+    ? "Saved for training."
+    : (why ?? (isRecording() ? "Ready to be saved." : off));
 }
 
 function draw() {
@@ -128,7 +144,8 @@ function asked(role, before) {
   const who = `You are ${name("user")}${dialogue.about.trim() ? `: ${dialogue.about.trim()}` : "."}`;
   const task = `You talk to ${name("assistant")}. Write what ${name("user")} says next, and nothing else.`;
   const turned = before.map(({ role, content }) => ({ role: other[role], content }));
-  const start = turned[0]?.role === "user" ? [] : [{ role: "user", content: `Begin the conversation with ${name("assistant")}.` }];
+  const start =
+    turned[0]?.role === "user" ? [] : [{ role: "user", content: `Begin the conversation with ${name("assistant")}.` }];
   return [{ role: "system", content: `${who}\n${task}` }, ...start, ...turned];
 }
 
@@ -140,7 +157,12 @@ async function draft(turn, i) {
   Object.assign(turn, { drafting: true, error: null, content: "" });
   draw();
   const answer = { content: "", tokens: [], ended: null };
-  const body = { model: byId("model").value, messages: asked(turn.role, dialogue.turns.slice(0, i)), ...sampling(), store: false };
+  const body = {
+    model: byId("model").value,
+    messages: asked(turn.role, dialogue.turns.slice(0, i)),
+    ...sampling(),
+    store: false,
+  };
   const onText = () => {
     const area = byId(`turn-${i}`);
     if (area) area.value = answer.content;

@@ -100,7 +100,15 @@ const actions = {
     const content = await correct(first, before?.content ?? first.content);
     if (content === null) return;
     if (before) before.content = content;
-    const written = { role: "assistant", by: "person", corrects: first.served, model: first.model, content, ended: "stop", tokens: [] };
+    const written = {
+      role: "assistant",
+      by: "person",
+      corrects: first.served,
+      model: first.model,
+      content,
+      ended: "stop",
+      tokens: [],
+    };
     actions.show(parent, parent.next.indexOf(before ?? add(parent, written)));
   },
   tokens: ({ message, parent }) => showTokens(message, wire(conversation, parent)),
@@ -124,8 +132,18 @@ function draw() {
   });
   const last = shown.at(-1)?.message;
   if (last?.role === "user" && !running) {
-    const again = button(trouble ? "Try again" : "Answer this", () => answer(last), { key: "again", className: "choose" });
-    items.push(el("li", { className: "message" }, trouble ? el("p", { className: "error", role: "alert" }, trouble) : null, again));
+    const again = button(trouble ? "Try again" : "Answer this", () => answer(last), {
+      key: "again",
+      className: "choose",
+    });
+    items.push(
+      el(
+        "li",
+        { className: "message" },
+        trouble ? el("p", { className: "error", role: "alert" }, trouble) : null,
+        again,
+      ),
+    );
   }
   redraw(byId("messages"), items, byId("message"));
   byId("empty").hidden = items.length > 0;

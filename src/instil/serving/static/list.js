@@ -24,7 +24,9 @@ export async function startList() {
   };
   byId("export").onclick = () => {
     const whole = { title: title(current()), messages: wire(current()), conversation: current() };
-    const name = title(current()).replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 40);
+    const name = title(current())
+      .replace(/[^\p{L}\p{N}]+/gu, "-")
+      .slice(0, 40);
     download(`${name}.json`, JSON.stringify(whole, null, 2), "application/json");
   };
   const kept = await all().catch(() => []);
