@@ -28,7 +28,8 @@ types: $(DEV) ## Check the types
 check: lint types test ## Run lint, types and tests
 
 prove: $(DEV) ## Run the longer proofs
-	$(BIN)/python -m pytest -m prove
+	$(BIN)/python -m pytest -m prove -n auto --dist loadfile
+	$(BIN)/python -m pytest -m load
 
 bench: $(DEV) ## Run the benchmarks, one after the other
 	@set -e; for file in benchmarks/bench_*.py; do \
@@ -46,10 +47,10 @@ clean: ## Remove the virtual environment and every cache
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# The package with what runs a model: what a user installs.
+# The package with what runs and serves a model: what a user installs.
 $(CORE): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing Instil into $(VENV), which takes a minute or two"
-	$(PIP) install -q -c constraints.txt -e '.[train]'
+	$(PIP) install -q -c constraints.txt -e '.[serve]'
 	@touch $@
 
 # The package and all that its development takes; it holds the former.

@@ -98,7 +98,7 @@ def test_logits_are_those_of_each_answer_by_itself(llama):
         model.set_attn_implementation(NAME)
         reader = SlotReader(TreeModel(model, one_by_one="it generates"), 4, shared=2)
         rows, found = [list(each) for each in prompts[:3]], []
-        found += zip(map(list, rows), reader.join(rows)[0], strict=True)
+        found += zip(map(list, rows), reader.join(rows).logits, strict=True)
         for step in range(20):
             if step in (3, 9):
                 reader.drop(0)
@@ -107,7 +107,7 @@ def test_logits_are_those_of_each_answer_by_itself(llama):
             if step in (5, 12):
                 new = [prompts[3], prompts[4]][: 4 - len(rows)]
                 rows += map(list, new)
-                found += zip(map(list, new), reader.join(new)[0], strict=True)
+                found += zip(map(list, new), reader.join(new).logits, strict=True)
             tokens = [(7 * step + 3 * row) % VOCABULARY for row in range(len(rows))]
             rows = [[*row, token] for row, token in zip(rows, tokens, strict=True)]
             found += zip(map(list, rows), reader.step(tokens), strict=True)
@@ -235,8 +235,8 @@ def test_a_prompt_goes_on_from_what_was_read_before(kind):
         reader.step([10, 11])
         reader.drop(0)
         goes_on, new = [*first, 10, 12, 13], [20, 21]
-        logits, _ = reader.join([new, goes_on])
-        assert reader._kept.find(goes_on, 2)[1] == 7, "of which the first seven tokens were known"
+        logits, _, reused = reader.join([new, goes_on])
+        assert reused == [0, 7], "the first seven tokens of the second were known"
         found = [*zip(([*other, 11], new, goes_on), [reader.step([1, 2, 3])[0], *logits], strict=True)]
         found[0] = ([*other, 11, 1], found[0][1])
         model.set_attn_implementation("eager")

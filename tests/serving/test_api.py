@@ -1,10 +1,13 @@
 """The API over HTTP: what clients of OpenAI expect, held against the engine itself and against training."""
 
 import json
+import threading
+import time
 
 import pytest
 
 import instil
+from instil.conversation import Conversation, Message
 from instil.inference import SamplingOptions
 from instil.inference.load import load_engine
 from instil.inference.session import Chat
@@ -53,8 +56,6 @@ def test_the_served_ids_are_those_of_training(served, tuned):
 
 
 def test_an_answer_is_the_engines_own(served, chat):
-    from instil.conversation import Conversation, Message
-
     (expected,) = chat.engine.generate(
         [chat.prompt(Conversation((Message("user", ASK[0]["content"]),))).ids], SamplingOptions(max_new_tokens=20)
     )
@@ -83,7 +84,7 @@ def test_a_stream_is_the_answer_in_pieces(served):
     chunks = events(streamed)
     assert {chunk["id"] for chunk in chunks} == {chunks[0]["id"]}
     assert chunks[-1]["choices"] == []
-    assert chunks[-1]["usage"] == whole["usage"]
+    assert chunks[-1]["usage"] | {"prompt_tokens_details": None} == whole["usage"] | {"prompt_tokens_details": None}
     assert all(chunk["usage"] is None for chunk in chunks[:-1])
     assert chunks[0]["prompt_token_ids"] == whole["prompt_token_ids"]
     assert len({choice["message"]["content"] for choice in whole["choices"]}) > 1, "drawn apart"
@@ -213,3 +214,57 @@ def test_a_mistake_is_told_in_the_shape_of_openai(served, body, status, param, s
     assert error["type"] == "invalid_request_error"
     if "512" in said:
         assert error["code"] == "context_length_exceeded"
+
+
+def test_a_conversation_that_goes_on_is_not_read_anew(served, chat):
+    system = {"role": "system", "content": "You are a helpful assistant of few words, who knows the world very well."}
+    messages = [system, {"role": "user", "content": "Which river is longer, the Nile or the one that I love?"}]
+    body = {"max_tokens": 8, "return_token_ids": True}
+    for turn in range(4):
+        answer = served.client.post("/v1/chat/completions", json={**body, "messages": messages}).json()
+        reused = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+        if turn:
+            assert reused >= before - 1, "all of what was asked before"
+        conversation = Conversation(tuple(Message(each["role"], each["content"]) for each in messages))
+        (expected,) = chat.engine.generate([chat.prompt(conversation).ids], SamplingOptions(max_new_tokens=8))
+        stop = 1 if expected[0].ended == "stop" else 0
+        ids = answer["choices"][0]["token_ids"]
+        assert tuple(ids[: len(ids) - stop]) == expected[0].ids
+        before = answer["usage"]["prompt_tokens"]
+        said = answer["choices"][0]["message"]["content"] or "Yes."
+        messages += [{"role": "assistant", "content": said}, {"role": "user", "content": f"And what is number {turn}?"}]
+
+
+def test_answers_are_generated_together_and_one_that_is_left_frees_its_place(served):
+    """Many clients at once get what each gets alone; when all have left nothing is open."""
+    prompts = [f"The {word} of Peru is" for word in ("capital", "river", "food", "name", "king", "end", "sea", "way")]
+
+    def text(prompt):
+        body = {"prompt": prompt, "max_tokens": 40}
+        return served.client.post("/v1/completions", json=body).json()["choices"][0]["text"]
+
+    alone = [text(prompt) for prompt in prompts]
+    found = [None] * len(prompts)
+
+    def ask(number):
+        found[number] = text(prompts[number])
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(prompts))]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert found == alone
+
+    def opened():
+        lines = served.client.get("/metrics").text.splitlines()
+        return float(next(line for line in lines if line.startswith("instil_answers_open ")).split()[1])
+
+    body = {"prompt": prompts[0], "max_tokens": 480, "n": 8, "temperature": 5, "stream": True}
+    with served.client.stream("POST", "/v1/completions", json=body) as response:
+        next(response.iter_lines())
+        assert opened() > 0
+    left = time.monotonic()
+    while opened():
+        assert time.monotonic() - left < 1, "within a second"
+    assert text(prompts[0]) == alone[0]

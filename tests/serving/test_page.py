@@ -53,7 +53,9 @@ def test_the_page_holds_nothing_that_the_policy_forbids_and_names_no_other_host(
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install playwright")
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="Playwright is not installed: pip install playwright"
+    )
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if program is None:
         pytest.skip("no Chromium on this machine: apt-get install chromium")
@@ -98,7 +100,9 @@ def visit(browser):
 
     def visit(server, **options):
         url = f"{server.url}/"
-        context = browser.new_context(**{"viewport": {"width": 1200, "height": 850}, "reduced_motion": "reduce", **options})
+        context = browser.new_context(
+            **{"viewport": {"width": 1200, "height": 850}, "reduced_motion": "reduce", **options}
+        )
         contexts.append(context)
         context.set_default_timeout(30_000)
         context.add_init_script(WATCH)
@@ -351,8 +355,8 @@ def test_markdown_is_drawn_as_it_is_meant(page):
 
 
 def test_events_are_read_however_the_bytes_are_cut(page):
-    said = ["{\"a\": \"é✓😀\"}", "two\nlines", "[DONE]"]
-    sent = ": hello\r\n\r\ndata: {\"a\": \"é✓😀\"}\n\ndata: two\r\ndata: lines\r\n\r\nevent: x\n\ndata:[DONE]\n\n"
+    said = ['{"a": "é✓😀"}', "two\nlines", "[DONE]"]
+    sent = ': hello\r\n\r\ndata: {"a": "é✓😀"}\n\ndata: two\r\ndata: lines\r\n\r\nevent: x\n\ndata:[DONE]\n\n'
     read = """async ([bytes, size]) => {
       const { events } = await import("/static/api.js");
       const body = new ReadableStream({ start(to) {

@@ -24,6 +24,7 @@ from fastapi.testclient import TestClient
 
 from instil.errors import UsageError
 from instil.serving import runs as serving
+from instil.serving.guard import Guard, Guards
 from instil.serving.runs import POINTS, router, smooth, thin
 from instil.training.config import TrainConfig
 from instil.training.events import Evaluation, Step
@@ -80,14 +81,16 @@ def training(folder):
 
 
 def application(folder, key=None):
+    """The page behind the server's own guard."""
     app = FastAPI()
     app.include_router(router(folder, key))
     app.mount("/static", StaticFiles(directory=Path(serving.__file__).parent / "static"))
-    return app
+    return Guard(app, Guards(key, (), False, 1000), lambda path, status: None)
 
 
 def client(folder, key=None):
-    return TestClient(application(folder, key))
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    return TestClient(application(folder, key), base_url="http://127.0.0.1", headers=headers)
 
 
 def ids(http):
@@ -335,7 +338,8 @@ def test_with_a_key_the_address_of_a_report_holds_a_ticket(tmp_path):
     make_report(make(tmp_path / "one"))
     make_report(make(tmp_path / "two"))
     one, two = (run["reports"][0]["href"] for run in client(tmp_path, "key").get("/api/runs").json()["runs"])
-    http = client(tmp_path, "key")
+    http = TestClient(application(tmp_path, "key"), base_url="http://127.0.0.1")
+    assert http.get("/api/runs").status_code == 401
     assert http.get(one).status_code == 200, "also after the server was started anew"
     bare, ticket = one.split("?")
     assert [http.get(path).status_code for path in (bare, f"{bare}?ticket=", f"{two.split('?')[0]}?{ticket}")] == [
@@ -426,8 +430,7 @@ def at_end(page, run):
 def test_curves_are_drawn_and_drawn_again_as_the_run_goes_on(tmp_path, browser):
     make(tmp_path / "done", steps=20, evaluations=[Evaluation(n, 3.0 - n / 10, True, 1.0) for n in (5, 10, 20)])
     going = make(tmp_path / "going", steps=5, state="running", started="2026-03-02T10:00:00+00:00")
-    app = application(tmp_path)
-    with training(going), served(app) as address, watched(browser, address) as page:
+    with training(going), served(application(tmp_path)) as address, watched(browser, address) as page:
         page.goto(f"{address}/runs")
         page.wait_for_selector("svg.plot")
         assert page.locator("#state").inner_text() == "1 running"
@@ -545,17 +548,7 @@ def luminance(colour):
 
 def test_the_key_is_asked_for_and_kept_for_the_tab(tmp_path, browser):
     make_report(make(tmp_path / "one"))
-    app = application(tmp_path, "right")
-
-    @app.middleware("http")
-    async def guard(request, forward):
-        if request.url.path.startswith("/api") and request.headers.get("authorization") != "Bearer right":
-            from fastapi.responses import JSONResponse
-
-            return JSONResponse({"error": {"message": "wrong key"}}, status_code=401)
-        return await forward(request)
-
-    with served(app) as address:
+    with served(application(tmp_path, "right")) as address:
         context = browser.new_context()
         page = context.new_page()
         page.goto(f"{address}/runs")

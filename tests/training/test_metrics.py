@@ -7,7 +7,7 @@ import pytest
 
 from instil.errors import UsageError
 from instil.training.events import Evaluation, Step
-from instil.training.metrics import read_metrics, write_metrics
+from instil.training.metrics import GrowingMetrics, read_metrics, to_line, write_metrics
 
 STEPS = [Step(n, 2.0 / n, 1e-4, 0.5, 100, 40, 1234.5, 0.25 * n) for n in (1, 2, 3)]
 EVALUATIONS = [Evaluation(0, 2.5, True, 0.0), Evaluation(2, 1.5, True, 0.6)]
@@ -66,3 +66,21 @@ def test_what_is_no_file_of_measurements(tmp_path):
         file.write_text(f"{line}\n")
         with pytest.raises(UsageError, match=r"metrics\.jsonl:1: no step and no evaluation"):
             read_metrics(file)
+
+
+def test_a_file_that_grows_is_read_on(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    steps = [Step(n, 1.0 / n, 1e-4, 0.5, 100, 40, 1234.5, float(n)) for n in range(1, 5)]
+    evaluation = Evaluation(2, 0.5, True, 2.5)
+    growing = GrowingMetrics()
+    path.write_text(to_line(steps[0]) + to_line(steps[1])[:20])
+    assert growing.read(path) == (steps[:1], [])
+    path.write_text("x" * len(to_line(steps[0])) + to_line(steps[1]) + to_line(evaluation))
+    assert growing.read(path) == (steps[:2], [evaluation]), "what was read is not looked at again"
+    assert growing.read(path) == (steps[:2], [evaluation])
+    with path.open("a") as file:
+        file.write(to_line(steps[2]) + "{}\n")
+    with pytest.raises(UsageError, match=r"metrics.jsonl:5: no step and no evaluation: \{\}"):
+        growing.read(path)
+    write_metrics(path, steps, [])
+    assert growing.read(path) == (steps, []), "written anew, as where a run goes on from a checkpoint"

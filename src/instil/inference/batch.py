@@ -55,6 +55,8 @@ class Job:
     """The tokens so far, the stop token included."""
     told: Told | None = None
     """Of the prompt, once it was read, if that was asked for."""
+    reused: int = 0
+    """Tokens of the prompt that were not read anew, for an earlier answer began alike."""
     ended: Ended | None = None
     """Why it has ended; None as long as it goes on."""
 
@@ -219,9 +221,9 @@ class _Lane:
             return self._take(self._reader.step([job.drawn[-1].id for job in self.active]), 0)
         prompts = [job.ids for job in joining]
         told = {n: job.told_top for n, job in enumerate(joining) if job.told_top is not None}
-        logits, found = self._reader.join(prompts, told)
-        for n, each in found.items():
-            joining[n].told = each
+        logits, found, reused = self._reader.join(prompts, told)
+        for n, job in enumerate(joining):
+            job.told, job.reused = found.get(n), reused[n]
         first = len(self.active)
         self._sampler.join(prompts, [job.sampling for job in joining], logits)
         self.active += joining

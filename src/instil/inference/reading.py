@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -32,20 +32,32 @@ _SHARED = 32
 _NONE: Mapping[int, int] = MappingProxyType({})
 
 
+class Joined(NamedTuple):
+    """Prompts that were taken in.
+
+    Args:
+        logits: (P, V), those behind each.
+        told: Of those that were asked about.
+        reused: Of each prompt the tokens that were not read anew.
+    """
+
+    logits: Tensor
+    told: dict[int, Told]
+    reused: list[int]
+
+
 class Reader(Protocol):
     """Gives the logits behind answers, which stand in rows, the first ones of `rows`."""
 
     rows: int
 
-    def join(self, prompts: Sequence[Sequence[int]], told: Mapping[int, int] = _NONE) -> tuple[Tensor, dict[int, Told]]:
+    def join(self, prompts: Sequence[Sequence[int]], told: Mapping[int, int] = _NONE) -> Joined:
         """Take in prompts as the next rows.
 
         Args:
             prompts: Token ids of each.
             told: The numbers of those whose own tokens are told of, with how many of the likeliest at each place.
 
-        Returns:
-            (P, V), the logits behind each; and what is told of the prompts that were asked about.
         """
 
     def step(self, tokens: Sequence[int]) -> Tensor:
@@ -75,7 +87,7 @@ class SlotReader:
         self._ids: list[list[int]] = []  # of each row, as far as they were read
         self._kept = Kept(kept)
 
-    def join(self, prompts: Sequence[Sequence[int]], told: Mapping[int, int] = _NONE) -> tuple[Tensor, dict[int, Told]]:
+    def join(self, prompts: Sequence[Sequence[int]], told: Mapping[int, int] = _NONE) -> Joined:
         """Take in prompts as the next rows; as `Reader.join`."""
         first = len(self._ids)
         known = [None if n in told else self._kept.find(prompt, self._shared) for n, prompt in enumerate(prompts)]
@@ -92,7 +104,8 @@ class SlotReader:
         for n, earlier in enumerate(known):
             if earlier is not None:
                 behind[n] = self._read_rest(prompts[n], first + n, *earlier)
-        return self._model.logits(torch.stack(behind)), found
+        reused = [0 if earlier is None else earlier[1] for earlier in known]
+        return Joined(self._model.logits(torch.stack(behind)), found, reused)
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Take in one more token for each row: (B, V), the logits behind each."""
@@ -195,13 +208,13 @@ class OneReader:
         self._ids: list[int] = []
         self._more = {"logits_to_keep": 1} if "logits_to_keep" in _arguments(model) else {}
 
-    def join(self, prompts: Sequence[Sequence[int]], told: Mapping[int, int] = _NONE) -> tuple[Tensor, dict[int, Told]]:
+    def join(self, prompts: Sequence[Sequence[int]], told: Mapping[int, int] = _NONE) -> Joined:
         """Take in a prompt as the only row; as `Reader.join`."""
         (prompt,) = prompts
         self._ids = list(prompt)
         self._cache = DynamicCache(config=self._model.config) if self._cached else None
         logits = self._read(self._ids, {} if told else self._more)[0]  # (T or 1, V)
-        return logits[-1:], {n: tell(logits.__getitem__, prompt, top) for n, top in told.items()}
+        return Joined(logits[-1:], {n: tell(logits.__getitem__, prompt, top) for n, top in told.items()}, [0])
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Take in one more token: (1, V), the logits behind it."""
@@ -261,7 +274,7 @@ def reading_alone(model: nn.Module) -> OneReader:
     if "past_key_values" not in _arguments(model):
         return plain
     with torch.inference_mode(), quiet():
-        whole = plain.join([ids])[0]
+        whole = plain.join([ids]).logits
         try:
             reader.join([ids[:3]])
             found = [reader.step([each]) for each in ids[3:]][-1]
@@ -312,13 +325,13 @@ def _side_by_side(reader: SlotReader) -> list[tuple[list[int], Tensor]]:
     first, second, third = (draw.integers(1, 60, size).tolist() for size in (6, 4, 5))
     second[:3] = first[:3]
     left, rows = first, [first, second]
-    found = list(zip(rows, reader.join(rows)[0], strict=True))
+    found = list(zip(rows, reader.join(rows).logits, strict=True))
     for step in range(6):
         if step in (2, 4):
             reader.drop(0)
             new = third if step == 2 else [*left[:-2], *draw.integers(1, 60, 2).tolist()]
             left, rows = rows[0], [rows[1], new]
-            found.append((new, reader.join([new])[0][0]))
+            found.append((new, reader.join([new]).logits[0]))
         tokens = draw.integers(1, 60, 2).tolist()
         rows = [[*row, token] for row, token in zip(rows, tokens, strict=True)]
         found += zip(rows, reader.step(tokens), strict=True)

@@ -59,7 +59,7 @@ def load_model(options: ModelOptions, *, dtype: torch.dtype = torch.float32, see
         if options.init is not None and options.model is None:
             return _held(_random_model(options.init, options.trust_remote_code, dtype, seed), options)
         name = _named(options)
-        found = _adapter_config(name)
+        found = adapter_config(name)
         if found is None:
             if options.base_adapter == "keep":
                 raise ModelError(f"--base-adapter keep: {name} has no adapter", "Leave it out, or name an adapter.")
@@ -77,7 +77,7 @@ def is_adapter(folder: str | Path) -> bool:
     Raises:
         ModelError: There is no such folder, and it is no hub name that can be reached.
     """
-    return _adapter_config(str(folder)) is not None
+    return adapter_config(str(folder)) is not None
 
 
 def base_of(options: ModelOptions) -> str:
@@ -89,7 +89,7 @@ def base_of(options: ModelOptions) -> str:
     if options.init is not None and options.model is None:
         return str(options.init)
     name = _named(options)
-    found = _adapter_config(name)
+    found = adapter_config(name)
     return name if found is None else _base_of_adapter(*found)
 
 
@@ -397,7 +397,7 @@ def _first_line(error: Exception) -> str:
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
-def _adapter_config(name: str) -> tuple[Path, dict[str, Any]] | None:
+def adapter_config(name: str) -> tuple[Path, dict[str, Any]] | None:
     """The folder of an adapter, fetched from the hub if need be, and its configuration; None for a whole model."""
     folder = Path(name) if _is_local(name) else _fetched_adapter(name)
     if folder is None or not (folder / ADAPTER_CONFIG).is_file():

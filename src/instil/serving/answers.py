@@ -132,11 +132,16 @@ def calls_to_json(calls: Sequence[ToolCall], prefix: str) -> list[dict[str, Any]
     ]
 
 
-def usage(asked: Asked) -> dict[str, int]:
+def usage(asked: Asked) -> dict[str, Any]:
     """The tokens of a request; a prompt with several answers counts once."""
-    prompts = {id(job.ids): len(job.ids) for job in asked.jobs}
-    prompt, answer = sum(prompts.values()), sum(len(job.drawn) for job in asked.jobs)
-    return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+    firsts = {job.prompt: job for job in reversed(asked.jobs)}.values()
+    prompt, answer = sum(len(job.ids) for job in firsts), sum(len(job.drawn) for job in asked.jobs)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": answer,
+        "total_tokens": prompt + answer,
+        "prompt_tokens_details": {"cached_tokens": sum(job.reused for job in firsts)},
+    }
 
 
 def chat_logprobs(model: ServedModel, tokens: Sequence[Drawn]) -> dict[str, Any]:

@@ -7,18 +7,23 @@ import hmac
 import json
 import math
 import os
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
+import numpy as np
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
 
 from instil.errors import UsageError
+from instil.serving.protocol import ApiError
 from instil.training.events import Evaluation, Step
 from instil.training.files import METRICS, RECORD, plain
+from instil.training.metrics import GrowingMetrics
 from instil.training.runs import Run, in_order, is_free, read_run, walk
 
 POINTS = 1000
@@ -26,16 +31,13 @@ POINTS = 1000
 
 _REPORT, _RESULTS = "report.html", "results.json"
 _PAGE = Path(__file__).parent / "static" / "runs.html"
-_PAGE_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
-    "font-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
-)
+_PRIVATE = {"Cache-Control": "private, no-cache"}
 # A report styles itself and runs nothing; in its sandbox it is of no origin, so it can ask this server for nothing.
-_REPORT_POLICY = (
-    "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'; "
-    "frame-ancestors 'none'"
-)
-_ALONE = {"Cache-Control": "private, no-cache", "Referrer-Policy": "no-referrer", "X-Content-Type-Options": "nosniff"}
+_APART = {
+    **_PRIVATE,
+    "Content-Security-Policy": "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+}
 
 Point = tuple[int, float]
 """A step, and what was measured."""
@@ -63,7 +65,7 @@ def router(folder: Path, key: str | None = None) -> APIRouter:
 
     @routes.get("/runs", include_in_schema=False)
     def page() -> Response:
-        return FileResponse(_PAGE, headers={**_ALONE, "Content-Security-Policy": _PAGE_POLICY})
+        return FileResponse(_PAGE)
 
     @routes.get("/api/runs", responses={304: {"description": "Nothing has changed."}})
     def list_runs(request: Request) -> Response:
@@ -84,9 +86,7 @@ def router(folder: Path, key: str | None = None) -> APIRouter:
         found = runs.report(run, name, ticket)
         if found is None:
             return _missing(f"there is no report {name!r} of {run!r}, or the address has another ticket")
-        return FileResponse(
-            found, media_type="text/html", headers={**_ALONE, "Content-Security-Policy": _REPORT_POLICY}
-        )
+        return FileResponse(found, media_type="text/html", headers=_APART)
 
     return routes
 
@@ -95,26 +95,26 @@ def _answer(request: Request, value: Any) -> Response:
     """The value as JSON, unless the client has it already."""
     body = json.dumps(plain(value), allow_nan=False, separators=(",", ":")).encode()
     tag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
-    headers = {**_ALONE, "ETag": tag}
+    headers = {**_PRIVATE, "ETag": tag}
     if tag in request.headers.get("if-none-match", ""):
         return Response(status_code=304, headers=headers)
     return Response(body, media_type="application/json", headers=headers)
 
 
 def _missing(message: str) -> Response:
-    error = {"message": message, "type": "invalid_request_error", "param": None, "code": "not_found"}
-    return JSONResponse({"error": error}, status_code=404)
+    error = ApiError(404, message, code="not_found")
+    return JSONResponse(error.to_json(), error.status)
 
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """A run as it was read: what was in its files then, and what is told of it."""
+    """A run as it was read: what its files were like then, and what is told of it."""
 
     stamp: tuple[Any, ...]
     state: str
     order: tuple[Any, ...]
     summary: dict[str, Any]
-    detail: dict[str, Any]
+    details: dict[int, dict[str, Any]]
 
     def holds(self, folder: Path, stamp: tuple[Any, ...]) -> bool:
         """Whether it is still so: a run that is killed leaves its files as they are."""
@@ -124,20 +124,21 @@ class _Read:
 class _Runs:
     """The runs below a folder. Each is looked up by its id among those that are there: no id is made into a path.
 
-    A run is read again when its files have changed.
+    A run is read again when its files have changed; of one that goes on, only what is new.
     """
 
     def __init__(self, folder: Path, key: str | None) -> None:
         self._folder = folder.resolve()
         self._key = key
-        self._read: dict[tuple[Path, int], _Read] = {}
+        self._read: dict[Path, _Read] = {}
+        self._growing: dict[Path, GrowingMetrics] = {}
+        self._lock = threading.Lock()
 
     def listed(self) -> dict[str, Any]:
         places = self._places()
-        for path, span in list(self._read):
-            if path not in places.values():
-                self._read.pop((path, span), None)
-        found = [(name, self._run(place, 0), self._reports(name, place)) for name, place in places.items()]
+        for place in set(self._read).difference(places.values()):
+            self._read.pop(place, None)
+        found = [(name, self._run(place), self._reports(name, place)) for name, place in places.items()]
         runs = sorted(((name, run, reports) for name, run, reports in found if run), key=lambda each: each[1].order)
         return {
             "runs": [{"id": name, **run.summary, "reports": reports} for name, run, reports in runs],
@@ -150,10 +151,12 @@ class _Runs:
 
     def told(self, name: str, smooth: int) -> dict[str, Any] | None:
         place = self._places().get(name)
-        run = self._run(place, smooth) if place is not None else None
+        run = self._run(place) if place is not None else None
         if place is None or run is None:
             return None
-        return {"id": name, **run.summary, "reports": self._reports(name, place), **run.detail}
+        if smooth not in run.details:
+            run.details[smooth] = _detail(self._reading(place), smooth)
+        return {"id": name, **run.summary, "reports": self._reports(name, place), **run.details[smooth]}
 
     def report(self, name: str, report: str, ticket: str) -> Path | None:
         if self._key is not None and not hmac.compare_digest(self._ticket(name, report).encode(), ticket.encode()):
@@ -171,29 +174,32 @@ class _Runs:
             if RECORD in files or {_REPORT, _RESULTS} <= set(files)
         }
 
-    def _run(self, place: Path, smooth: int) -> _Read | None:
+    def _run(self, place: Path) -> _Read | None:
         """The run of a folder; None if it holds none."""
-        files = [place / RECORD, place / METRICS]
-        if not files[0].is_file():
+        if not (place / RECORD).is_file():
             return None
-        stamp = tuple(map(_stamp, files))
-        known = self._read.get((place, smooth))
+        stamp = _stamp(place / RECORD), _stamp(place / METRICS)
+        known = self._read.get(place)
         if known is None or not known.holds(place, stamp):
-            run = self._reading(place, files)
-            summary = {"name": self._name(place), **run.summary()}
-            known = _Read(stamp, run.state, in_order(run), summary, _detail(run, smooth))
-            self._read[place, smooth] = known
+            run = self._reading(place)
+            known = _Read(stamp, run.state, in_order(run), {"name": self._name(place), **run.summary()}, {})
+            self._read[place] = known
         return known
 
-    def _reading(self, place: Path, files: Iterable[Path]) -> Run:
-        try:
-            for file in files:
-                if not self._is_inside(file):
-                    raise UsageError(f"{file.name} leads out of the folder")
-            return read_run(place)
-        except UsageError as error:
-            reason = error.message.removeprefix(f"{place}: ").replace(f"{place}{os.sep}", "")
-            return Run(str(place), "unreadable", reason)
+    def _reading(self, place: Path) -> Run:
+        with self._lock:
+            growing = self._growing.pop(place, None) or GrowingMetrics()
+            try:
+                for name in (RECORD, METRICS):
+                    if not self._is_inside(place / name):
+                        raise UsageError(f"{name} leads out of the folder")
+                run = read_run(place, growing.read)
+            except UsageError as error:
+                reason = error.message.removeprefix(f"{place}: ").replace(f"{place}{os.sep}", "")
+                return Run(str(place), "unreadable", reason)
+            if run.state == "running":
+                self._growing[place] = growing
+            return run
 
     def _reports(self, name: str, place: Path) -> list[dict[str, str]]:
         """The reports in a folder by name, each with its address."""
@@ -300,15 +306,16 @@ def thin(points: Sequence[Point], most: int = POINTS) -> list[Point]:
     """
     if len(points) <= most:
         return list(points)
-    inner, broken = range(1, len(points) - 1), any(not math.isfinite(value) for _, value in points)
-    stretches = (most - 2) // (3 if broken else 2)
+    values = np.array([value for _, value in points])
+    finite = np.isfinite(values)
+    low, high = np.where(finite, values, np.inf), np.where(finite, values, -np.inf)
+    stretches = (most - 2) // (2 if finite.all() else 3)
+    ends = np.linspace(1, len(points) - 1, stretches + 1).astype(int).tolist()
     kept = {0, len(points) - 1}
-    for number in range(stretches):
-        stretch = inner[number * len(inner) // stretches : (number + 1) * len(inner) // stretches]
-        finite = [at for at in stretch if math.isfinite(points[at][1])]
-        kept.update([at for at in stretch if not math.isfinite(points[at][1])][:1])
-        if finite:
-            kept |= {min(finite, key=lambda at: points[at][1]), max(finite, key=lambda at: points[at][1])}
+    for begin, end in pairwise(ends):
+        kept |= {begin + int(low[begin:end].argmin()), begin + int(high[begin:end].argmax())}
+        if not finite[begin:end].all():
+            kept.add(begin + int(finite[begin:end].argmin()))
     return [points[at] for at in sorted(kept)]
 
 

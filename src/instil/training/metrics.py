@@ -52,25 +52,64 @@ def read_metrics(path: str | Path) -> tuple[list[Step], list[Evaluation]]:
     Raises:
         UsageError: The file cannot be read, or a line is none of a run's.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"{path}: metrics cannot be read: {reason}", "Name the metrics.jsonl of a run.") from error
-    steps: list[Step] = []
-    evaluations: list[Evaluation] = []
-    for number, line in enumerate(lines[:-1], 1):
-        values = _object(line)
-        names = tuple(values or ())
-        if values is not None and names[: len(_STEP)] == _STEP:
-            steps.append(Step(**_numbers(values, _STEP)))
-        elif values is not None and names[: len(_EVALUATION)] == _EVALUATION:
-            evaluations.append(Evaluation(**_numbers(values, _EVALUATION)))
-        elif values is not None and names[: len(_OF_THE_LOSS)] == _OF_THE_LOSS:
-            evaluations.append(Evaluation(**_numbers(values, _OF_THE_LOSS)))
-        else:
-            raise UsageError(f"{path}:{number}: no step and no evaluation: {line[:80]}", "Mend or leave out the line.")
-    return steps, evaluations
+    return GrowingMetrics().read(path)
+
+
+class GrowingMetrics:
+    """A `metrics.jsonl` that is read again and again: each time what was written to it since."""
+
+    def __init__(self) -> None:
+        self._file: tuple[int, int] | None = None  # which one was read
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self._bytes = self._lines = 0
+        self._steps: list[Step] = []
+        self._evaluations: list[Evaluation] = []
+
+    def read(self, path: str | Path) -> tuple[list[Step], list[Evaluation]]:
+        """All that is in the file by now, as `read_metrics` gives it."""
+        try:
+            with Path(path).open("rb") as file:
+                found = os.fstat(file.fileno())
+                if (found.st_dev, found.st_ino) != self._file or found.st_size < self._bytes:  # written anew
+                    self._file = found.st_dev, found.st_ino
+                    self._begin_anew()
+                file.seek(self._bytes)
+                whole, end, _ = file.read().rpartition(b"\n")
+            lines = whole.decode("utf-8").split("\n") if end else []
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UsageError(f"{path}: metrics cannot be read: {reason}", "Name the metrics.jsonl of a run.") from error
+        for line in lines:
+            self._lines += 1
+            event = _event(line)
+            if event is None:
+                self._file = None  # to begin anew
+                raise UsageError(
+                    f"{path}:{self._lines}: no step and no evaluation: {line[:80]}", "Mend or leave out the line."
+                )
+            if isinstance(event, Step):
+                self._steps.append(event)
+            else:
+                self._evaluations.append(event)
+        self._bytes += len(whole) + len(end)
+        return list(self._steps), list(self._evaluations)
+
+
+def _event(line: str) -> Step | Evaluation | None:
+    """What a line tells of; None if that is no event."""
+    values = _object(line)
+    names = tuple(values or ())
+    if values is None:
+        return None
+    if names[: len(_STEP)] == _STEP:
+        return Step(**_numbers(values, _STEP))
+    if names[: len(_EVALUATION)] == _EVALUATION:
+        return Evaluation(**_numbers(values, _EVALUATION))
+    if names[: len(_OF_THE_LOSS)] == _OF_THE_LOSS:
+        return Evaluation(**_numbers(values, _OF_THE_LOSS))
+    return None
 
 
 def _object(line: str) -> dict[str, Any] | None:

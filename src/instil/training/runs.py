@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -130,8 +130,12 @@ def _read_if_possible(folder: Path) -> Run:
         return Run(str(folder), "unreadable", error.message.removeprefix(f"{folder}: "))
 
 
-def read_run(folder: str | Path) -> Run:
+def read_run(folder: str | Path, read: Callable[[Path], tuple[list[Step], list[Evaluation]]] = read_metrics) -> Run:
     """The run of a folder.
+
+    Args:
+        folder: Where it is.
+        read: Reads its metrics.
 
     Raises:
         UsageError: There is none, or its files cannot be read.
@@ -152,7 +156,7 @@ def read_run(folder: str | Path) -> Run:
         if state not in _STATES:
             raise UsageError(f"{folder}: {RECORD}: state {state!r} is none that is known", "Is Instil up to date?")
         metrics = folder / METRICS
-        history, evaluations = read_metrics(metrics) if metrics.exists() else ([], [])
+        history, evaluations = read(metrics) if metrics.exists() else ([], [])
         return Run(
             name=str(folder),
             state="killed" if state == "running" and is_free(folder) else state,

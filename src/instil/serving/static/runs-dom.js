@@ -25,8 +25,20 @@ export const byId = (id) => document.getElementById(id);
 export function fill(table, head, rows) {
   const cells = (row) => row.map((value, i) => (i ? el("td", {}, value) : el("th", { scope: "row" }, value)));
   table.replaceChildren(
-    el("thead", {}, el("tr", {}, head.map((name) => el("th", { scope: "col" }, name)))),
-    el("tbody", {}, rows.filter((row) => row.slice(1).some((value) => value !== "")).map((row) => el("tr", {}, cells(row)))),
+    el(
+      "thead",
+      {},
+      el(
+        "tr",
+        {},
+        head.map((name) => el("th", { scope: "col" }, name)),
+      ),
+    ),
+    el(
+      "tbody",
+      {},
+      rows.filter((row) => row.slice(1).some((value) => value !== "")).map((row) => el("tr", {}, cells(row))),
+    ),
   );
 }
 

@@ -32,9 +32,13 @@ export function showList(runs, chosen, marks, choose) {
 /** Show the reports that belong to no run. */
 export function showEvaluations(evaluations) {
   byId("evaluations").hidden = evaluations.length === 0;
-  byId("evaluations").querySelector("ul").replaceChildren(
-    ...evaluations.flatMap(({ name, reports }) => reports.map((report) => el("li", {}, link(report, `${name}/${report.name}`)))),
-  );
+  byId("evaluations")
+    .querySelector("ul")
+    .replaceChildren(
+      ...evaluations.flatMap(({ name, reports }) =>
+        reports.map((report) => el("li", {}, link(report, `${name}/${report.name}`))),
+      ),
+    );
 }
 
 /** Leave those in the list whose name or data holds what is looked for. */
@@ -47,7 +51,12 @@ function newRow(run, choose) {
   const box = el("input", { type: "checkbox" });
   box.addEventListener("change", () => choose(run.id, box.checked));
   const name = el("th", { scope: "row" }, el("label", {}, box, el("span", { className: "mark" }), run.name));
-  return el("tr", {}, name, ["", "number", "number", "number", "", "", "number", ""].map((className) => el("td", { className })));
+  return el(
+    "tr",
+    {},
+    name,
+    ["", "number", "number", "number", "", "", "number", ""].map((className) => el("td", { className })),
+  );
 }
 
 function update(row, run, isChosen, mark) {
@@ -58,7 +67,10 @@ function update(row, run, isChosen, mark) {
   const [name, state, step, loss, heldOut, data, began, took, reports] = row.cells;
   name.querySelector("input").checked = isChosen;
   name.querySelector(".mark").replaceChildren(...(mark ? [mark] : []));
-  state.replaceChildren(el("span", { className: `state ${run.state}` }, run.state), ...(run.reason ? [el("p", { className: "soft" }, run.reason)] : []));
+  state.replaceChildren(
+    el("span", { className: `state ${run.state}` }, run.state),
+    ...(run.reason ? [el("p", { className: "soft" }, run.reason)] : []),
+  );
   const unreadable = run.state === "unreadable";
   const total = run.steps === null ? [] : [el("span", { className: "total" }, ` / ${count(run.steps)}`)];
   step.replaceChildren(...(unreadable ? [] : [count(run.step), ...total]));
@@ -67,10 +79,14 @@ function update(row, run, isChosen, mark) {
   }
   loss.textContent = run.step === 0 ? "" : number(run.loss);
   heldOut.textContent = run.best_eval_loss === null ? "" : number(run.best_eval_loss);
-  data.textContent = run.data.slice(0, 2).map(lastPart).join(", ") + (run.data.length > 2 ? ` and ${run.data.length - 2} more` : "");
-  began.textContent = run.started === null ? "" : new Date(run.started).toLocaleString([], { dateStyle: "short", timeStyle: "short" });
+  data.textContent =
+    run.data.slice(0, 2).map(lastPart).join(", ") + (run.data.length > 2 ? ` and ${run.data.length - 2} more` : "");
+  began.textContent =
+    run.started === null ? "" : new Date(run.started).toLocaleString([], { dateStyle: "short", timeStyle: "short" });
   took.textContent = time(run.seconds);
-  reports.replaceChildren(...run.reports.flatMap((report, i) => [...(i ? [", "] : []), link(report, shortName(report.name), run.name)]));
+  reports.replaceChildren(
+    ...run.reports.flatMap((report, i) => [...(i ? [", "] : []), link(report, shortName(report.name), run.name)]),
+  );
 }
 
 const shortName = (name) => name.replace(/\/?report\.html$/, "") || "report";

@@ -61,7 +61,10 @@ function tell(text) {
 /** At first: those that the address names; else those that run, else the last. */
 function chooseFirst(found) {
   const ids = new Set(found.map((run) => run.id));
-  const named = location.hash.slice(1).split(",").filter((id) => ids.has(id));
+  const named = location.hash
+    .slice(1)
+    .split(",")
+    .filter((id) => ids.has(id));
   const running = found.filter((run) => run.state === "running").map((run) => run.id);
   const first = named.length ? named : running.length ? running.slice(-6) : found.slice(-1).map((run) => run.id);
   first.forEach((id) => chosen.set(id, chosen.size));
@@ -85,7 +88,9 @@ function list() {
 
 /** Show the chosen runs, if anything of them is new. */
 function show(found) {
-  const same = found.length === details.length && found.every((each, i) => each.plain === details[i].plain && each.smoothed === details[i].smoothed);
+  const same =
+    found.length === details.length &&
+    found.every((each, i) => each.plain === details[i].plain && each.smoothed === details[i].smoothed);
   if (same) return;
   details = found;
   const any = details.length > 0;
@@ -137,12 +142,21 @@ function point(step) {
   at.value = step;
   drawn.show(Number(at.value));
   const rows = curves.map((curve) => {
-    const values = [curve.line, ...(curve.raw ? [curve.raw] : []), curve.marks].map((points) => number(valueAt(points, step)));
+    const values = [curve.line, ...(curve.raw ? [curve.raw] : []), curve.marks].map((points) =>
+      number(valueAt(points, step)),
+    );
     return [el("span", { className: "of" }, mark(curve.n), curve.name), ...values];
   });
   const smoothed = curves.some((curve) => curve.raw);
-  fill(byId("readout"), [`At step ${count(step)}`, ...(smoothed ? ["Smoothed", "Training"] : ["Training"]), "Held out, last"], rows);
-  at.setAttribute("aria-valuetext", `Step ${count(step)}: ${curves.map((curve) => `${curve.name} ${number(valueAt(curve.line, step) ?? valueAt(curve.marks, step))}`).join(", ")}`);
+  fill(
+    byId("readout"),
+    [`At step ${count(step)}`, ...(smoothed ? ["Smoothed", "Training"] : ["Training"]), "Held out, last"],
+    rows,
+  );
+  at.setAttribute(
+    "aria-valuetext",
+    `Step ${count(step)}: ${curves.map((curve) => `${curve.name} ${number(valueAt(curve.line, step) ?? valueAt(curve.marks, step))}`).join(", ")}`,
+  );
 }
 
 /** What is to be known of the drawing. */
@@ -157,9 +171,17 @@ function remarks(plain) {
   const without = curves.filter((curve) => !curve.line.length && !curve.marks.length);
   if (without.length) found.push(`Not measured: ${without.map((curve) => curve.name).join(", ")}.`);
   const name = measure.split(":").at(-1);
-  for (const run of plain.filter((each) => each.thinned[name])) {
-    found.push(`${run.name}: ${count(run.losses.length)} of ${count(run.thinned[name])} points are shown, the highest and the lowest among them.`);
-  }
+  plain.forEach(({ thinned }, i) => {
+    for (const [of, points] of [
+      [thinned[name], curves[i].line],
+      [thinned[`eval_${name}`], curves[i].marks],
+    ]) {
+      if (of)
+        found.push(
+          `${curves[i].name}: ${count(points.length)} of ${count(of)} points are shown, the highest and the lowest among them.`,
+        );
+    }
+  });
   if (drawn?.hidden) found.push(`${count(drawn.hidden)} points of 0 or less have no place on a log scale.`);
   return found;
 }
