@@ -1,7 +1,7 @@
 // A whole training dialogue, written by a person turn by turn; the model proposes drafts.
 
 import { generate } from "./api.js";
-import { byId, button, download, el, grow, redraw, say } from "./dom.js";
+import { ask, byId, button, download, el, redraw, say } from "./dom.js";
 import { author, isRecording } from "./feedback.js";
 import { sampling } from "./settings.js";
 
@@ -22,6 +22,7 @@ const name = (role) => dialogue[role].trim() || (role === "user" ? "User" : "Ass
 /** Wire the view to the page. */
 export function startAuthoring() {
   dialogue = { ...fresh(), ...JSON.parse(localStorage.getItem("instil.dialogue") ?? "{}") };
+  dialogue.turns.forEach((turn) => delete turn.drafting); // a reload ends a draft
   for (const field of ["user", "about", "assistant", "system"]) {
     byId(`write-${field}`).oninput = () => {
       dialogue[field] = byId(`write-${field}`).value;
@@ -34,8 +35,9 @@ export function startAuthoring() {
     const row = JSON.stringify({ messages: messages() });
     download("dialogue.jsonl", `${row}\n`, "application/jsonl");
   };
-  byId("write-new").onclick = () => {
-    if (!dialogue.saved && dialogue.turns.some(({ content }) => content) && !confirm("Discard this dialogue?")) return;
+  byId("write-new").onclick = async () => {
+    const unsaved = !dialogue.saved && dialogue.turns.some(({ content }) => content);
+    if (unsaved && (await ask(byId("discarding"))) === null) return;
     stopDraft();
     dialogue = {
       ...fresh(),
@@ -101,7 +103,6 @@ function draw() {
     draw();
     byId("turns").lastElementChild.querySelector("textarea").focus();
   };
-  document.querySelectorAll("#turns textarea").forEach(grow);
   state();
 }
 
@@ -111,13 +112,13 @@ function turnItem(turn, i) {
   area.dataset.key = id;
   area.oninput = () => {
     turn.content = area.value;
-    grow(area);
     changed();
   };
   const propose = turn.drafting
     ? button("Stop", stopDraft, { key: `${id}-propose` })
     : button("Propose", () => draft(turn, i), { key: `${id}-propose` });
   const remove = () => {
+    if (turn.drafting) stopDraft();
     dialogue.turns.splice(i, 1);
     changed();
     draw();
@@ -149,12 +150,11 @@ function asked(role, before) {
   return [{ role: "system", content: `${who}\n${task}` }, ...start, ...turned];
 }
 
-/** Have the model write turn `i`, to be changed as one likes. What stood there comes back if nothing is proposed. */
+/** Have the model write a turn, to be changed as one likes. What stood there stays if nothing is proposed. */
 async function draft(turn, i) {
   if (running) return;
-  const before = turn.content;
   const controller = (running = new AbortController());
-  Object.assign(turn, { drafting: true, error: null, content: "" });
+  Object.assign(turn, { drafting: true, error: null });
   draw();
   const answer = { content: "", tokens: [], ended: null };
   const body = {
@@ -164,13 +164,12 @@ async function draft(turn, i) {
     store: false,
   };
   const onText = () => {
-    const area = byId(`turn-${i}`);
+    const area = byId(`turn-${dialogue.turns.indexOf(turn)}`);
     if (area) area.value = answer.content;
-    if (area) grow(area);
   };
   await generate(body, answer, { signal: controller.signal, onText });
   running = null;
-  Object.assign(turn, { drafting: undefined, error: answer.error, content: answer.content.trim() || before });
+  Object.assign(turn, { drafting: undefined, error: answer.error, content: answer.content.trim() || turn.content });
   changed();
   draw();
   say(answer.error ?? (answer.content.trim() ? "A draft was written." : "The model proposed nothing."));

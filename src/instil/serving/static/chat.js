@@ -3,7 +3,7 @@
 import { generate } from "./api.js";
 import { add, newConversation, newId, path, remove, save, title, wire } from "./conversations.js";
 import { pairMessage, pairOf } from "./compare.js";
-import { announce, ask, byId, button, el, grow, redraw, say } from "./dom.js";
+import { announce, ask, byId, button, el, redraw, say } from "./dom.js";
 import { correct, isKept, isRecording } from "./feedback.js";
 import { answerMessage, drawAnswer, userMessage } from "./message.js";
 import { isGreedy, sampling } from "./settings.js";
@@ -32,7 +32,6 @@ export function startChat(about, changed) {
     send();
   };
   byId("message").oninput = () => {
-    grow(byId("message"));
     sessionStorage.setItem("instil.typed", byId("message").value);
   };
   byId("message").value = sessionStorage.getItem("instil.typed") ?? "";
@@ -41,23 +40,20 @@ export function startChat(about, changed) {
     conversation.system = byId("system").value;
     keep();
   };
-  byId("system").oninput = () => grow(byId("system"));
   byId("keep").onchange = () => {
     conversation.keep = byId("keep").checked;
     keep();
   };
 }
 
-/** Show a conversation, or a new one. */
-export async function open(chosen = newConversation()) {
-  await stop();
+/** Show a conversation, or a new one; what was being written was stopped. */
+export function open(chosen = newConversation()) {
   conversation = chosen;
   trouble = null;
   sessionStorage.setItem("instil.open", conversation.id);
   draw();
   byId("system").value = conversation.system;
   byId("system-part").open = conversation.system !== "";
-  grow(byId("system"));
   byId("end").scrollIntoView({ block: "end" });
 }
 
@@ -114,6 +110,7 @@ const actions = {
   tokens: ({ message, parent }) => showTokens(message, wire(conversation, parent)),
 };
 
+/** Draw the conversation. */
 function draw() {
   bodies = new Map();
   const shown = path(conversation);
@@ -162,7 +159,6 @@ async function send() {
   const message = add(shown.at(-1)?.message ?? conversation, { role: "user", content: box.value });
   box.value = "";
   sessionStorage.removeItem("instil.typed");
-  grow(box);
   await answer(message);
 }
 
@@ -218,7 +214,8 @@ async function finish(message, answers) {
   }
   draw();
   follow();
-  announce(answers.map(({ model, content }) => `${model}: ${content}`).join("\n"));
+  const said = answers.filter(({ content }) => content);
+  announce(said.map(({ model, content }) => `${model}: ${content}`).join("\n"));
   await keep();
 }
 

@@ -17,7 +17,8 @@ function visible(token, bytes) {
   return token.replaceAll(" ", "·").replaceAll("\t", "⇥").replaceAll("\r", "␍").replaceAll("\n", "⏎\n") || "∅";
 }
 
-const looksSpecial = (token) => /^(<[^<>\s]+>|\[[A-Z_]+\])$/.test(token);
+/** Control tokens are spelled like this, and bytes of a character almost so. */
+const looksSpecial = (token) => /^(<(?!0x)[^<>\s]+>|\[[A-Z_]+\])$/.test(token);
 
 /** A row of tokens: one stop for the Tab key, arrow keys within; what is under the pointer or focus goes to `show`. */
 function row(entries, label, show) {
@@ -105,7 +106,7 @@ export async function showTokens(answer, messages) {
     el(
       "p",
       { className: "soft" },
-      `${answer.tokens.length} tokens. The fainter a token's ground, the surer the model was.`,
+      `${answer.tokens.length} tokens. The stronger the colour behind a token, the less likely it was.`,
     ),
     answer.tokens.length ? row(generated(answer.tokens), "What it generated", show) : "",
   );
