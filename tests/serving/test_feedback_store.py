@@ -140,7 +140,8 @@ def test_judgements_are_kept_in_order(store):
     assert kept[1].body == {"value": None}
     assert (kept[2].interaction, kept[2].choice, kept[2].body) == ("chatcmpl-1", 1, {"content": "No, it is not."})
     assert (kept[3].interaction, kept[3].choice, kept[3].rejected, kept[3].rejected_choice) == (
-        ("chatcmpl-2", 1) + ("chatcmpl-1", 0)
+        *("chatcmpl-2", 1),
+        *("chatcmpl-1", 0),
     )
     assert kept[4].body["messages"][1] == {"role": "assistant", "content": "Hello."}
     assert all(abs(each.time - datetime.now(UTC)) < timedelta(minutes=5) for each in kept)
@@ -232,8 +233,8 @@ def test_deleting(store):
     second = store.prefer(("b", 0), ("a", 0))
     third = store.rate("b", 0, "down")
     store.rate("c", 0, "up")
-    with pytest.raises(NotRecordedError, match="feedback-99, nothing"):
-        store.delete(["b", "nothing", "feedback-99"]) if False else store.delete(["feedback-99", "b", "nothing"])
+    with pytest.raises(NotRecordedError, match="nothing, feedback-99: not recorded"):
+        store.delete(["feedback-99", "b", "nothing"])
     assert len(store.interactions()) == 3, "nothing is deleted where one is not there"
     assert store.delete(["a"]) == Deleted(1, 2), "the comparison with it goes with it"
     assert second not in [each.id for each in store.judgements()]
@@ -338,7 +339,7 @@ def test_targets_that_cannot_be(tmp_path):
         with pytest.raises((UsageError, StoreError), match=reason) as caught:
             Store(target)
         assert "secret" not in str(caught.value)
-    with pytest.raises(UsageError, match="'de': did you mean 'DE'|de: is no country"):
+    with pytest.raises(UsageError, match="de: is no country code\n  did you mean 'DE'"):
         Store(tmp_path / "kept", phone_region="de")
     for target in (tmp_path / "nowhere", f"sqlite:///{tmp_path}/nowhere/file.sqlite3"):
         with pytest.raises(UsageError, match="nothing was recorded there"):
@@ -380,8 +381,8 @@ from dataclasses import replace
 from instil.serving.feedback import Given, Interaction, Store
 from datetime import UTC, datetime
 target, name, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
-asked = Interaction("", datetime.now(UTC), "tuned", "ab", "chatml", "cd", "chat", ({"role": "user", "content": "Why?"},),
-    (), {}, (1, 2), (Given("Because.", (), "stop", (3,)),))
+asked = Interaction("", datetime.now(UTC), "tuned", "ab", "chatml", "cd", "chat",
+    ({"role": "user", "content": "Why?"},), (), {}, (1, 2), (Given("Because.", (), "stop", (3,)),))
 store = Store(target)
 for n in range(count):
     store.record(replace(asked, id=f"{name}-{n}"))
@@ -395,7 +396,7 @@ def worker(target, name, count):
 
 
 def test_processes_share_a_store_that_none_of_them_found(target):
-    started = [worker(target, name, 30) for name in ("a", "b", "c", "d")]
+    started = [worker(target, name, 20) for name in ("a", "b", "c")]
     told = []
     for each in started:
         out, errors = each.communicate(timeout=120)
@@ -404,10 +405,10 @@ def test_processes_share_a_store_that_none_of_them_found(target):
     with Store(target, create=False) as store:
         assert {each.id for each in store.interactions()} == {name for name, _ in told}
         assert {each.id: each.interaction for each in store.judgements()} == {rating: name for name, rating in told}
-    assert len(told) == 120
+    assert len(told) == 60
 
 
-@pytest.mark.parametrize("after", [1, 7, 23, 40])
+@pytest.mark.parametrize("after", [1, 23, *(pytest.param(each, marks=pytest.mark.prove) for each in (2, 7, 40, 111))])
 def test_what_was_acknowledged_survives_a_kill(target, after):
     """Killed while it writes, at whatever it is at when it has acknowledged so many."""
     told = []

@@ -43,6 +43,7 @@ _COMMANDS = {
     "compare": "Show the answers of two or more models to the same prompts, side by side.",
     "sweep": "Train every combination of some settings with several seeds, and compare what that gives.",
     "runs": "List the runs below a folder, or show one: its state, its loss, its settings.",
+    "feedback": "List what a server recorded and people made of it, write it as data to train on, or delete it.",
     "templates": "List the built-in chat templates, or show one rendered.",
     "quickstart": "Tune the bundled base model on the bundled data, and see what that taught it.",
     "pocket": "Make the bundled base model anew, from nothing.",
@@ -53,6 +54,7 @@ for _name, _help in _COMMANDS.items():  # said here, so that `instil --help` nee
 REMEDIES = {
     "data": "Name a file, a folder, a glob, - for standard input, or hf://owner/name.",
     "model": "Name the folder of a model, or one on the hub.",
+    "record": "Name the folder, or the URL of the database, that `instil serve --record` was given.",
 }
 """What to do where a setting that must be given is missing."""
 
@@ -170,7 +172,15 @@ def _check_flags(tokens: Sequence[str]) -> list[str]:
     if not tokens or tokens[0] not in _COMMANDS:
         return []
     command = app[tokens[0]]
-    command.help = None  # now that it is loaded, its docstring says more
+    if command.default_command is not None:
+        command.help = None  # now that it is loaded, its docstring says more
+    below = [name for name in command if not name.startswith("-")]
+    if tokens[1:2] and tokens[1] in below:
+        command = command[tokens[1]]
+    elif command.default_command is None:  # it is nothing without one of those below it
+        if tokens[1:2] and not tokens[1].startswith("-"):
+            raise UsageError(f"{tokens[0]} {tokens[1]}: there is no such command", nearest(tokens[1], below))
+        return []
     flags = command.assemble_argument_collection()
     shown = [name for flag in flags if flag.parse for name in flag.names if name.startswith("--")]
     shown = [name for name in shown if name != "--empty-data"]

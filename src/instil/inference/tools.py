@@ -107,12 +107,11 @@ class CallFormat:
         """
         body = self._body(text)
         found = None if body is None else self._begin(text, body)
-        if found is None:
+        calls = self._calls(text, found.start()) if found else []
+        if not found or not calls or (self.bare and any(call.name not in names for call in calls)):
             return text, []
-        calls = self._calls(text, found.start())
-        if self.bare and any(call.name not in names for call in calls):
-            return text, []
-        return (text[: found.start()].removesuffix(self.separator) if calls else text), calls
+        said = text[: found.start()]
+        return said if body and not said[body:].strip() else said.removesuffix(self.separator), calls
 
     def certain(self, text: str, given: int) -> int:
         """The end of what an answer so far surely says before its calls, if it has any.
@@ -192,18 +191,16 @@ class CallFormat:
 
     def _may_begin(self, text: str) -> bool:
         """Whether calls may begin with this text, whatever follows."""
-        text, opening = _squeezed(text), _squeezed(self.opening)
-        if len(text) <= len(opening):
-            return opening.startswith(text)
-        if not text.startswith(opening):
-            return False
-        rest, then = text[len(opening) :], "{"
+        opened = re.compile(rf"{_loose(self.opening)}\s*").match(text)
+        if opened is None:
+            return _squeezed(self.opening).startswith(_squeezed(text))
+        rest, then = text[opened.end() :], "{"
         if self.middle is not None:
             named = _NAME.match(rest)
             if named is None:
-                return False
+                return not rest
             rest, then = rest[named.end() :], _squeezed(self.middle) + "{"
-        return then.startswith(rest[: len(then)])
+        return then.startswith(_squeezed(rest)[: len(then)])
 
 
 class CallStream:
@@ -276,8 +273,7 @@ def _reads_back(form: CallFormat, renderer: Renderer) -> bool:
             rendered = _rendered(renderer, calls, said)
             if rendered is None and said:
                 continue  # it has no place for text beside a call
-            content, found = form.parse(rendered[0], names) if rendered else ("", [])
-            if found != wanted or not content.endswith(said):
+            if rendered is None or form.parse(rendered[0], names)[1] != wanted:
                 return False
     return True
 

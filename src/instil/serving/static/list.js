@@ -1,0 +1,60 @@
+// The conversations kept in this browser: opened, renamed, deleted, exported.
+
+import { current, open, stop } from "./chat.js";
+import { all, forget, save, title, wire } from "./conversations.js";
+import { ask, byId, button, download, el, redraw } from "./dom.js";
+
+/** Wire the list to the page and open what was open before. */
+export async function startList() {
+  byId("new").onclick = () => go();
+  byId("list-toggle").onclick = () => showList(byId("list-toggle").getAttribute("aria-expanded") !== "true");
+  byId("rename").onclick = async () => {
+    const given = await ask(byId("renaming"), { title: title(current()) });
+    if (given === null) return;
+    current().title = given.title.trim();
+    byId("title").textContent = title(current());
+    await save(current());
+    drawList();
+  };
+  byId("delete").onclick = async () => {
+    if ((await ask(byId("deleting"))) === null) return;
+    await stop();
+    await forget(current());
+    go();
+  };
+  byId("export").onclick = () => {
+    const whole = { title: title(current()), messages: wire(current()), conversation: current() };
+    const name = title(current()).replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 40);
+    download(`${name}.json`, JSON.stringify(whole, null, 2), "application/json");
+  };
+  const kept = await all().catch(() => []);
+  await open(kept.find(({ id }) => id === sessionStorage.getItem("instil.open")));
+  drawList();
+}
+
+async function go(conversation) {
+  await open(conversation);
+  showList(false);
+  drawList();
+  byId("message").focus();
+}
+
+/** On a narrow page the list lies over the rest. */
+export function showList(shown) {
+  byId("list-toggle").setAttribute("aria-expanded", String(shown));
+  document.body.classList.toggle("listing", shown);
+}
+
+/** Draw the list anew. */
+export async function drawList() {
+  const kept = await all().catch(() => []);
+  const items = kept.map((each) => {
+    const item = button(title(each), () => go(each), { key: each.id });
+    if (each.id === current().id) item.setAttribute("aria-current", "true");
+    return el("li", {}, item);
+  });
+  redraw(byId("conversations"), items, byId("new"));
+  byId("conversations-none").hidden = items.length > 0;
+  const isKept = kept.some(({ id }) => id === current().id);
+  for (const id of ["rename", "delete", "export"]) byId(id).disabled = !isKept;
+}
