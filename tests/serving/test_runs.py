@@ -540,10 +540,9 @@ COLOUR_BLIND = {  # what light becomes, by Machado, Oliveira and Fernandes (2009
 def test_the_colours_of_the_curves_are_told_apart_by_all_eyes(eyes):
     """Their distance in CIELAB: 2.3 is just seen."""
     style = (Path(serving.__file__).parent / "static" / "runs.css").read_text()
-    found = re.findall(r"--colour-\d: (#[0-9a-f]{6})", style)
-    assert len(found) == 3 * 6
-    assert found[6:12] == found[12:], "dark by choice is as dark by the system"
-    for theme in (found[:6], found[6:12]):
+    pairs = re.findall(r"--colour-\d: light-dark\((#[0-9a-f]{6}), (#[0-9a-f]{6})\)", style)
+    assert len(pairs) == 6
+    for theme in zip(*pairs, strict=True):
         seen = [lab(np.clip(np.array(COLOUR_BLIND[eyes]) @ light(colour), 0, 1)) for colour in theme]
         assert min(np.linalg.norm(one - other) for one, other in combinations(seen, 2)) > 25
 
