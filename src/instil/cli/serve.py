@@ -139,4 +139,19 @@ def _models(options: ServeOptions) -> list[ServedModel]:
 
 
 def _hand_over(options: ServeOptions) -> None:
-    raise UsageError("--engine vllm: not there yet", "Leave it out.")
+    from instil.serving.vllm import hand_over
+
+    shared = {"model", "host", "port", "name", "api_key", "precision", "trust_remote_code", "template", "template_args"}
+    ignored = options.model_fields_set - shared - {"engine"}
+    hand_over(
+        options.model,
+        host=options.host,
+        port=options.port,
+        name=options.shown_name,
+        api_key=options.key,
+        precision=options.precision,
+        trust_remote_code=options.trust_remote_code,
+        template=options.template,
+        template_args=options.template_args,
+        ignored=[f"--{name.replace('_', '-')}" for name in sorted(ignored)],
+    )
