@@ -197,7 +197,20 @@ def test_escape_stops_an_answer_and_what_was_said_stays(page):
     # The next message is answered as if nothing had been.
     settings(page, Max_tokens=4)
     send(page, "Go on.")
-    assert len(shown(page)) == 4
+    before = shown(page)
+    assert len(before) == 4
+    # A reload ends an answer too.
+    settings(page, Max_tokens=400)
+    box(page).fill("Another long story.")
+    box(page).press("Enter")
+    page.locator("#messages > li:last-child .text", has_text=re.compile(r"\S.{5}", re.DOTALL)).wait_for()
+    page.reload()
+    page.wait_for_selector("body.ready")
+    assert shown(page) == [*before, "Another long story."]
+    settings(page, Max_tokens=4)
+    press(page, "Answer this")
+    finished(page)
+    assert len(shown(page)) == 6
 
 
 def test_an_answer_is_asked_for_again_and_a_message_edited_and_both_versions_stay(page):
@@ -220,6 +233,36 @@ def test_an_answer_is_asked_for_again_and_a_message_edited_and_both_versions_sta
     assert shown(page)[0] == "Name an animal."
     press(page, "Previous version", 0)
     assert shown(page) == ["Name a colour.", first]
+
+
+def test_conversations_are_kept_renamed_and_deleted(page):
+    settings(page, Max_tokens=4)
+    send(page, "First of two")
+    first = shown(page)
+    press(page, "New conversation")
+    assert shown(page) == []
+    box(page).fill("typed, not sent")
+    kept = page.get_by_role("complementary", name="Conversations").get_by_role("listitem")
+    assert kept.all_inner_texts() == ["First of two"]
+    page.reload()
+    page.wait_for_selector("body.ready")
+    assert box(page).input_value() == "typed, not sent"
+    send(page, "Second of two")
+    kept.nth(1).wait_for()
+    assert kept.all_inner_texts() == ["Second of two", "First of two"]
+    kept.nth(1).get_by_role("button").click()
+    page.get_by_role("heading", name="First of two").wait_for()
+    assert shown(page) == first
+    press(page, "Rename")
+    page.get_by_role("textbox", name="Name").fill("Called by me")
+    page.keyboard.press("Enter")
+    kept.get_by_text("Called by me").wait_for()
+    press(page, "Delete", 0)
+    press(page, "Delete")
+    kept.get_by_text("Called by me").wait_for(state="hidden")
+    page.reload()
+    page.wait_for_selector("body.ready")
+    assert kept.all_inner_texts() == ["Second of two"]
 
 
 def test_the_token_view_shows_the_ids_that_were_served(page, served):
@@ -284,11 +327,14 @@ HOSTILE = """
 <script>window.hacked = 1</script><img src=x onerror="window.hacked = 2"><svg onload="window.hacked = 3">
 <iframe srcdoc="<script>parent.hacked = 4</script>"></iframe><style>body { display: none }</style>
 
-x <a href="javascript:window.hacked = 5">one</a> <b onclick=window.hacked=14>bold</b> [two](javascript:window.hacked=6) [three](JaVaScRiPt&colon;window.hacked=7)
-[four](data:text/html,<script>opener.hacked=8</script>) [five](vbscript:x) <form action=https://evil.example><input name=q></form>
+x <a href="javascript:window.hacked = 5">one</a> <b onclick=window.hacked=14>bold</b>
+[two](javascript:window.hacked=6) [three](JaVaScRiPt&colon;window.hacked=7)
+[four](data:text/html,<script>opener.hacked=8</script>) [five](vbscript:x)
+<form action=https://evil.example><input name=q></form>
 
 ![pixel](https://evil.example/pixel.png) ![x](x" onerror="window.hacked=9) <base href="https://evil.example/">
-<math><mi//xlink:href="data:x,<script>window.hacked=10</script>"> [six](https://example.org "a \" onclick=window.hacked=11")
+<math><mi//xlink:href="data:x,<script>window.hacked=10</script>">
+[six](https://example.org "a \" onclick=window.hacked=11")
 [![seven](https://evil.example/p.png)](https://example.org/seven)
 
 ```html" onmouseover="window.hacked=12
@@ -317,9 +363,9 @@ DRAW = """async (text) => {
 
 def test_a_hostile_answer_does_nothing(page):
     drawn = page.evaluate(DRAW, HOSTILE)
-    written = set("p a br em strong del code pre table thead tbody tr th td h1 h2 blockquote ul ol li hr".split())
     # What stands around code blocks and tables is the page's own.
-    assert set(drawn["tags"]) <= written | {"div", "button", "svg", "use"}
+    own = {"div", "button", "svg", "use"}
+    assert set(drawn["tags"]) - own <= {"p", "a", "br", "strong", "code", "pre", "table", "thead", "tbody", "tr", "th"}
     own = {"class", "type", "aria-label", "aria-hidden", "tabindex", "title"}
     assert set(drawn["attributes"]) <= {"href", "rel", "target", "align"} | own
     assert "<script>window.hacked = 1</script>" in drawn["text"]
@@ -529,7 +575,9 @@ def test_what_a_person_does_becomes_rows_that_train(visit, served, tuned, tmp_pa
 
     # The rows: what was rated good, corrected and written is trained, and nothing else.
     supervised = exported(served, tmp_path, "supervised")
-    trained = {m["content"] for row in supervised for m in row["messages"] if m["role"] == "assistant" and m.get("weight") != 0}
+    trained = {
+        m["content"] for row in supervised for m in row["messages"] if m["role"] == "assistant" and m.get("weight") != 0
+    }
     assert {first["next"][0]["content"], "What I would have said", "Good morning, Ana"} <= trained
     assert not {each["content"] for each in (second["next"][0], *third["next"], *fourth["next"])} & trained
     (written,) = [row for row in supervised if row["messages"][-1]["content"] == "Good morning, Ana"]
