@@ -368,7 +368,7 @@ def test_statistics(store):
     store.prefer(("a", 0), ("a", 1))
     store.correct("a", 1, "1.")
     store.author([user("Hi."), says("Hello.")])
-    found = statistics(store.interactions(), store.judgements())
+    found = statistics(store.overview(), store.judgements())
     assert {name: found[name] for name in ("interactions", "answers", "up", "down")} == {
         "interactions": 3,
         "answers": 4,
@@ -381,7 +381,7 @@ def test_statistics(store):
     assert models == {"base": (1, 1, 0), "tuned": (2, 1, 1)}
     weeks = [(each["week"], each["interactions"], each["up"], each["satisfaction"]) for each in found["weeks"]]
     assert weeks == [("2026-W18", 1, 0, None), ("2026-W19", 1, 1, 0.5), ("2026-W20", 1, 1, 1.0)]
-    only_base = statistics(store.interactions(model="base"), store.judgements())
+    only_base = statistics(store.overview(model="base"), store.judgements())
     assert (only_base["up"], only_base["down"], only_base["corrections"], only_base["preferences"]) == (1, 0, 0, 0)
 
 
