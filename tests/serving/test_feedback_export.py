@@ -57,6 +57,7 @@ def test_what_is_good_is_trained_and_nothing_else(store):
     store.rate("down", 0, "down")
     store.correct("corrected", 0, "It is four.")
     store.correct("corrected", 0, "3.")
+    store.rate("corrected", 0, "up")
     store.rate("taken back", 0, "up")
     store.rate("taken back", 0, None)
     store.author([{"role": "system", "content": "Be kind."}, user("Hi."), says("Hello."), user("Bye."), says("Bye!")])
@@ -142,7 +143,7 @@ def test_what_is_left_out_of_supervised_rows_is_counted(store):
     record(store, "cut", [user("Two?")], Given("2", (), "length"), Given("2", (), "stopped"), Given("2", (), "context"))
     record(store, "string", [user("Three?")], Given("3", (), "stop-string"), hours=2)
     record(store, "empty", [user("Four?")], " ")
-    record(store, "order", [user("Five?"), user("Five!")], "5.")
+    record(store, "order", [user("Five?"), user("Five!")], "5.", "V.")
     record(store, "text", [user("Six is")], " 6.", kind="completion")
     record(store, "hated", [user("Seven?")], "7.", "7.")
     record(store, "mended", [user("Eight?")], Given("8", (), "length"), hours=3)
@@ -157,6 +158,7 @@ def test_what_is_left_out_of_supervised_rows_is_counted(store):
     ):
         for choice in range(choices):
             store.rate(name, choice, "up")
+    store.rate("order", 1, "down")  # and so it would not be trained anyway
     store.rate("hated", 0, "up")
     store.rate("hated", 1, "down")
     store.correct("mended", 0, "8.")
