@@ -68,7 +68,9 @@ def export(
     )
     if not found.rows:
         sys.stderr.write(left_out)
-        raise UsageError(f"{store.name}: nothing in it makes a row of kind {kind}", "See what is: instil feedback stats")
+        raise UsageError(
+            f"{store.name}: nothing in it makes a row of kind {kind}", "See what is: instil feedback stats"
+        )
     save(output, (json.dumps(row, ensure_ascii=False) + "\n" for row in found.rows))
     used = ", ".join(f"{count:,} {why.replace('-', ' ')}" for why, count in found.used.most_common())
     sys.stderr.write(f"{left_out}instil: wrote {output}: {_count(len(found.rows), 'row')} ({used})\n")
