@@ -54,7 +54,11 @@ def test_what_was_served_and_judged_trains_on_the_ids_that_were_served(tuned, tm
     rows = tmp_path / "rows.jsonl"
     command("feedback", "export", "--record", kept, "--output", rows, "--kind", "supervised")
     exported = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
-    assert sorted(each["why"] for row in exported for each in row["provenance"]) == ["authored", "corrected", "rated-up"]
+    assert sorted(each["why"] for row in exported for each in row["provenance"]) == [
+        "authored",
+        "corrected",
+        "rated-up",
+    ]
     by_reason = {
         row.record.extra["provenance"][0]["why"]: row.exchanges
         for row in instil.exchanges(instil.read(rows), str(tuned))
