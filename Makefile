@@ -47,10 +47,10 @@ clean: ## Remove the virtual environment and every cache
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# The package with what runs a model: what a user installs.
+# The package with what runs and serves a model: what a user installs.
 $(CORE): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing Instil into $(VENV), which takes a minute or two"
-	$(PIP) install -q -c constraints.txt -e '.[train]'
+	$(PIP) install -q -c constraints.txt -e '.[serve]'
 	@touch $@
 
 # The package and all that its development takes; it holds the former.

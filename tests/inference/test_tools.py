@@ -144,7 +144,7 @@ CALLS = st.builds(
 
 
 @pytest.mark.parametrize("style", STYLES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(calls=st.lists(CALLS, min_size=1, max_size=3), content=TEXTS)
 def test_calls_come_back_as_they_were_rendered(style, calls, content, renderer_of, format_of):
     form = format_of(style)
@@ -166,7 +166,7 @@ def test_calls_come_back_as_they_were_rendered(style, calls, content, renderer_o
     assert (given_out + rest, found) == (content, wanted)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(data=st.data(), style=st.sampled_from(sorted(STYLES)))
 def test_a_stream_says_what_the_whole_answer_says(data, style, format_of):
     form = format_of(style)

@@ -57,6 +57,7 @@ def test_what_is_good_is_trained_and_nothing_else(store):
     store.rate("down", 0, "down")
     store.correct("corrected", 0, "It is four.")
     store.correct("corrected", 0, "3.")
+    store.rate("corrected", 0, "up")
     store.rate("taken back", 0, "up")
     store.rate("taken back", 0, None)
     store.author([{"role": "system", "content": "Be kind."}, user("Hi."), says("Hello."), user("Bye."), says("Bye!")])
@@ -142,7 +143,7 @@ def test_what_is_left_out_of_supervised_rows_is_counted(store):
     record(store, "cut", [user("Two?")], Given("2", (), "length"), Given("2", (), "stopped"), Given("2", (), "context"))
     record(store, "string", [user("Three?")], Given("3", (), "stop-string"), hours=2)
     record(store, "empty", [user("Four?")], " ")
-    record(store, "order", [user("Five?"), user("Five!")], "5.")
+    record(store, "order", [user("Five?"), user("Five!")], "5.", "V.")
     record(store, "text", [user("Six is")], " 6.", kind="completion")
     record(store, "hated", [user("Seven?")], "7.", "7.")
     record(store, "mended", [user("Eight?")], Given("8", (), "length"), hours=3)
@@ -157,6 +158,7 @@ def test_what_is_left_out_of_supervised_rows_is_counted(store):
     ):
         for choice in range(choices):
             store.rate(name, choice, "up")
+    store.rate("order", 1, "down")  # and so it would not be trained anyway
     store.rate("hated", 0, "up")
     store.rate("hated", 1, "down")
     store.correct("mended", 0, "8.")
@@ -368,7 +370,7 @@ def test_statistics(store):
     store.prefer(("a", 0), ("a", 1))
     store.correct("a", 1, "1.")
     store.author([user("Hi."), says("Hello.")])
-    found = statistics(store.interactions(), store.judgements())
+    found = statistics(store.overview(), store.judgements())
     assert {name: found[name] for name in ("interactions", "answers", "up", "down")} == {
         "interactions": 3,
         "answers": 4,
@@ -381,7 +383,7 @@ def test_statistics(store):
     assert models == {"base": (1, 1, 0), "tuned": (2, 1, 1)}
     weeks = [(each["week"], each["interactions"], each["up"], each["satisfaction"]) for each in found["weeks"]]
     assert weeks == [("2026-W18", 1, 0, None), ("2026-W19", 1, 1, 0.5), ("2026-W20", 1, 1, 1.0)]
-    only_base = statistics(store.interactions(model="base"), store.judgements())
+    only_base = statistics(store.overview(model="base"), store.judgements())
     assert (only_base["up"], only_base["down"], only_base["corrections"], only_base["preferences"]) == (1, 0, 0, 0)
 
 

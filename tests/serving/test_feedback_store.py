@@ -22,6 +22,7 @@ import pytest
 
 from instil.errors import UsageError
 from instil.serving.feedback import Deleted, Given, Interaction, NotRecordedError, Store, StoreError
+from instil.serving.feedback.values import Overview
 
 NOW = datetime(2026, 5, 4, 12, 30, 15, 123456, tzinfo=UTC)
 ASKED = Interaction(
@@ -121,6 +122,8 @@ def test_times_of_other_zones(store):
     assert [each.time for each in store.interactions()] == [NOW, NOW + timedelta(minutes=1)]
     assert [each.id for each in store.interactions(since=NOW + timedelta(seconds=1))] == ["b"]
     assert [each.id for each in store.interactions(model="tuned")] == ["a"]
+    assert [each.id for each in store.interactions(last=1)] == ["b"]
+    assert store.overview(model="base") == [Overview("b", NOW + timedelta(minutes=1), "base", 2)]
 
 
 def test_judgements_are_kept_in_order(store):

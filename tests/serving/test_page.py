@@ -53,7 +53,9 @@ def test_the_page_holds_nothing_that_the_policy_forbids_and_names_no_other_host(
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install playwright")
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="Playwright is not installed: pip install playwright"
+    )
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if program is None:
         pytest.skip("no Chromium on this machine: apt-get install chromium")
@@ -98,14 +100,16 @@ def visit(browser):
 
     def visit(server, **options):
         url = f"{server.url}/"
-        context = browser.new_context(**{"viewport": {"width": 1200, "height": 850}, "reduced_motion": "reduce", **options})
+        context = browser.new_context(
+            **{"viewport": {"width": 1200, "height": 850}, "reduced_motion": "reduce", **options}
+        )
         contexts.append(context)
-        context.set_default_timeout(10_000)
+        context.set_default_timeout(30_000)
         context.add_init_script(WATCH)
         context.route(lambda address: not address.startswith((url, "data:", "blob:")), lambda route: route.abort())
         context.on("request", lambda request: asked.append((url, request.url)))
         page = context.new_page()
-        # A refusal of the server is logged by the browser too; the tests that call for one look for what the page says.
+        # The browser logs a refusal too; the tests that call for one look for what the page says.
         page.on("console", lambda line: errors.append(line.text) if line.type in ("error", "warning") else None)
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(url)
@@ -116,7 +120,7 @@ def visit(browser):
         context.close()
     assert asked
     assert [address for url, address in asked if not address.startswith((url, "data:", "blob:"))] == []
-    assert [error for error in errors if not error.startswith("Failed to load resource: the server responded")] == []
+    assert [error for error in errors if not error.startswith("Failed to load resource: ")] == []
 
 
 @pytest.fixture
@@ -161,7 +165,7 @@ def shown(page):
 
 
 def test_an_answer_grows_while_it_is_written_and_is_there_after_a_reload(page):
-    settings(page, Temperature=1, Max_tokens=48)
+    settings(page, Temperature=2, Max_tokens=48, Seed=1)
     send(page, "Who are you?")
     lengths = page.evaluate("lengths")
     assert lengths == sorted(lengths)
@@ -181,7 +185,7 @@ def test_an_answer_grows_while_it_is_written_and_is_there_after_a_reload(page):
 
 
 def test_escape_stops_an_answer_and_what_was_said_stays(page):
-    settings(page, Temperature=1, Max_tokens=400)
+    settings(page, Temperature=2, Max_tokens=400, Seed=1)
     box(page).fill("Tell me a long story.")
     box(page).press("Enter")
     page.locator("#messages > li:last-child .text", has_text=re.compile(r"\S.{5}", re.DOTALL)).wait_for()
@@ -193,11 +197,24 @@ def test_escape_stops_an_answer_and_what_was_said_stays(page):
     # The next message is answered as if nothing had been.
     settings(page, Max_tokens=4)
     send(page, "Go on.")
-    assert len(shown(page)) == 4
+    before = shown(page)
+    assert len(before) == 4
+    # A reload ends an answer too.
+    settings(page, Max_tokens=400)
+    box(page).fill("Another long story.")
+    box(page).press("Enter")
+    page.locator("#messages > li:last-child .text", has_text=re.compile(r"\S.{5}", re.DOTALL)).wait_for()
+    page.reload()
+    page.wait_for_selector("body.ready")
+    assert shown(page) == [*before, "Another long story."]
+    settings(page, Max_tokens=4)
+    press(page, "Answer this")
+    finished(page)
+    assert len(shown(page)) == 6
 
 
 def test_an_answer_is_asked_for_again_and_a_message_edited_and_both_versions_stay(page):
-    settings(page, Temperature=1, Max_tokens=24, Seed=1)
+    settings(page, Temperature=2, Max_tokens=24, Seed=1)
     send(page, "Name a colour.")
     (_, first) = shown(page)
     settings(page, Seed=2)
@@ -216,6 +233,36 @@ def test_an_answer_is_asked_for_again_and_a_message_edited_and_both_versions_sta
     assert shown(page)[0] == "Name an animal."
     press(page, "Previous version", 0)
     assert shown(page) == ["Name a colour.", first]
+
+
+def test_conversations_are_kept_renamed_and_deleted(page):
+    settings(page, Max_tokens=4)
+    send(page, "First of two")
+    first = shown(page)
+    press(page, "New conversation")
+    assert shown(page) == []
+    box(page).fill("typed, not sent")
+    kept = page.get_by_role("complementary", name="Conversations").get_by_role("listitem")
+    assert kept.all_inner_texts() == ["First of two"]
+    page.reload()
+    page.wait_for_selector("body.ready")
+    assert box(page).input_value() == "typed, not sent"
+    send(page, "Second of two")
+    kept.nth(1).wait_for()
+    assert kept.all_inner_texts() == ["Second of two", "First of two"]
+    kept.nth(1).get_by_role("button").click()
+    page.get_by_role("heading", name="First of two").wait_for()
+    assert shown(page) == first
+    press(page, "Rename")
+    page.get_by_role("textbox", name="Name").fill("Called by me")
+    page.keyboard.press("Enter")
+    kept.get_by_text("Called by me").wait_for()
+    press(page, "Delete", 0)
+    press(page, "Delete")
+    kept.get_by_text("Called by me").wait_for(state="hidden")
+    page.reload()
+    page.wait_for_selector("body.ready")
+    assert kept.all_inner_texts() == ["Second of two"]
 
 
 def test_the_token_view_shows_the_ids_that_were_served(page, served):
@@ -280,11 +327,14 @@ HOSTILE = """
 <script>window.hacked = 1</script><img src=x onerror="window.hacked = 2"><svg onload="window.hacked = 3">
 <iframe srcdoc="<script>parent.hacked = 4</script>"></iframe><style>body { display: none }</style>
 
-x <a href="javascript:window.hacked = 5">one</a> <b onclick=window.hacked=14>bold</b> [two](javascript:window.hacked=6) [three](JaVaScRiPt&colon;window.hacked=7)
-[four](data:text/html,<script>opener.hacked=8</script>) [five](vbscript:x) <form action=https://evil.example><input name=q></form>
+x <a href="javascript:window.hacked = 5">one</a> <b onclick=window.hacked=14>bold</b>
+[two](javascript:window.hacked=6) [three](JaVaScRiPt&colon;window.hacked=7)
+[four](data:text/html,<script>opener.hacked=8</script>) [five](vbscript:x)
+<form action=https://evil.example><input name=q></form>
 
 ![pixel](https://evil.example/pixel.png) ![x](x" onerror="window.hacked=9) <base href="https://evil.example/">
-<math><mi//xlink:href="data:x,<script>window.hacked=10</script>"> [six](https://example.org "a \" onclick=window.hacked=11")
+<math><mi//xlink:href="data:x,<script>window.hacked=10</script>">
+[six](https://example.org "a \" onclick=window.hacked=11")
 [![seven](https://evil.example/p.png)](https://example.org/seven)
 
 ```html" onmouseover="window.hacked=12
@@ -313,9 +363,9 @@ DRAW = """async (text) => {
 
 def test_a_hostile_answer_does_nothing(page):
     drawn = page.evaluate(DRAW, HOSTILE)
-    written = set("p a br em strong del code pre table thead tbody tr th td h1 h2 blockquote ul ol li hr".split())
     # What stands around code blocks and tables is the page's own.
-    assert set(drawn["tags"]) <= written | {"div", "button", "svg", "use"}
+    own = {"div", "button", "svg", "use"}
+    assert set(drawn["tags"]) - own <= {"p", "a", "br", "strong", "code", "pre", "table", "thead", "tbody", "tr", "th"}
     own = {"class", "type", "aria-label", "aria-hidden", "tabindex", "title"}
     assert set(drawn["attributes"]) <= {"href", "rel", "target", "align"} | own
     assert "<script>window.hacked = 1</script>" in drawn["text"]
@@ -351,8 +401,8 @@ def test_markdown_is_drawn_as_it_is_meant(page):
 
 
 def test_events_are_read_however_the_bytes_are_cut(page):
-    said = ["{\"a\": \"é✓😀\"}", "two\nlines", "[DONE]"]
-    sent = ": hello\r\n\r\ndata: {\"a\": \"é✓😀\"}\n\ndata: two\r\ndata: lines\r\n\r\nevent: x\n\ndata:[DONE]\n\n"
+    said = ['{"a": "é✓😀"}', "two\nlines", "[DONE]"]
+    sent = ': hello\r\n\r\ndata: {"a": "é✓😀"}\n\ndata: two\r\ndata: lines\r\n\r\nevent: x\n\ndata:[DONE]\n\n'
     read = """async ([bytes, size]) => {
       const { events } = await import("/static/api.js");
       const body = new ReadableStream({ start(to) {
@@ -454,7 +504,7 @@ def exported(served, tmp_path, kind):
 def test_what_a_person_does_becomes_rows_that_train(visit, served, tuned, tmp_path):
     page = visit(served)
     page.wait_for_selector("body.ready")
-    settings(page, Temperature=1, Max_tokens=24)
+    settings(page, Temperature=1, Seed=3)
     # Not kept: nothing to rate, and it says why.
     send(page, "Not for training")
     thumb = page.get_by_role("button", name="Good answer")
@@ -464,61 +514,96 @@ def test_what_a_person_does_becomes_rows_that_train(visit, served, tuned, tmp_pa
 
     press(page, "New conversation")
     keep(page)
-    send(page, "First question")
+    send(page, "First question of the page")
     press(page, "Good answer")
     page.get_by_role("textbox", name="Why").fill("It is right")
     press(page, "Send", 0)
     page.get_by_text("Your reason: It is right").wait_for()
-    liked = shown(page)[1]
 
-    send(page, "Second question")
+    send(page, "Second question of the page")
     press(page, "Correct")
     page.get_by_role("textbox", name="The answer it should have given").fill("What I would have said")
     press(page, "Keep for training")
     page.get_by_role("heading", name="Written by you").wait_for()
     assert shown(page)[3] == "What I would have said"
 
-    page.locator("#answers").select_option("compare")
-    send(page, "Third question")
-    page.get_by_role("heading", name=re.compile("^Answer B: ")).wait_for()
-    better, worse = shown(page)[5:]
-    press(page, "This one is better", 0)
+    page.locator("#answers").select_option("twice")
+    send(page, "Third question of the page")
+    press(page, "This one is better")
     page.get_by_role("button", name="You chose this one").wait_for()
     # The corrected answer is what the conversation went on with.
     press(page, "Tokens")
     page.get_by_text("These are the ids that were served.").wait_for()
-    assert "What·I·would·have·said" in page.locator("#tokens-given").inner_text().replace("⏎", "")
+    assert "What·I·would·have·said" in page.locator("#tokens-given").inner_text()
     page.keyboard.press("Escape")
+
+    page.locator("#answers").select_option("compare")
+    send(page, "Fourth question of the page")
+    models = page.locator(".pair h3").all_inner_texts()
+    assert models == ["Answer A: tuned", "Answer B: model"]
+    with page.expect_request("**/api/feedback") as chosen:
+        press(page, "This one is better", 0)
+    page.get_by_role("button", name="You chose this one").wait_for()
+
+    with page.expect_download() as file:
+        press(page, "Export")
+    talk = json.loads(file.value.path().read_text("utf-8"))["conversation"]
+    first, second, third, fourth = turns(talk)
+    assert chosen.value.post_data_json == {
+        "kind": "preference",
+        "chosen": {"id": fourth["next"][0]["served"], "choice": 0},
+        "rejected": {"id": fourth["next"][1]["served"], "choice": 0},
+    }
 
     page.get_by_role("link", name="Write").click()
     page.get_by_label("Who asks", exact=True).fill("Ana")
     page.get_by_label("System message").last.fill("Be kind.")
-    page.get_by_role("textbox", name="1. Ana").fill("Good morning")
+    page.get_by_role("textbox", name="1. Ana").fill("Good morning, page")
     press(page, "Add Assistant's turn")
-    press(page, "Propose")
-    page.get_by_role("button", name="Stop", exact=True).last.wait_for(state="hidden")
+    with page.expect_request("**/v1/chat/completions") as proposed:
+        press(page, "Propose")
+    page.get_by_text("A draft was written.").wait_for()
+    assert page.get_by_role("textbox", name="2. Assistant").input_value() != ""
+    body = proposed.value.post_data_json
+    assert not body["store"]
+    assert [message["content"] for message in body["messages"]] == ["Be kind.", "Good morning, page"]
     page.get_by_role("textbox", name="2. Assistant").fill("Good morning, Ana")
     press(page, "Save for training")
     page.get_by_text("Saved for training.").wait_for()
-    with page.expect_download() as saved:
+    with page.expect_download() as file:
         press(page, "Download")
 
+    # The rows: what was rated good, corrected and written is trained, and nothing else.
     supervised = exported(served, tmp_path, "supervised")
-    trained = {row["messages"][-1]["content"] for row in supervised}
-    assert trained >= {"What I would have said", "Good morning, Ana"}
-    authored = next(row for row in supervised if row["messages"][-1]["content"] == "Good morning, Ana")
-    downloaded = json.loads(saved.value.path().read_text("utf-8"))
-    assert [(m["role"], m["content"]) for m in downloaded["messages"]] == [
-        ("system", "Be kind."),
-        ("user", "Good morning"),
-        ("assistant", "Good morning, Ana"),
-    ]
-    assert [(m["role"], m["content"]) for m in authored["messages"]] == [
-        (m["role"], m["content"]) for m in downloaded["messages"]
-    ]
-    print(liked, better, worse, exported(served, tmp_path, "preference"))
+    trained = {
+        m["content"] for row in supervised for m in row["messages"] if m["role"] == "assistant" and m.get("weight") != 0
+    }
+    assert {first["next"][0]["content"], "What I would have said", "Good morning, Ana"} <= trained
+    assert not {each["content"] for each in (second["next"][0], *third["next"], *fourth["next"])} & trained
+    (written,) = [row for row in supervised if row["messages"][-1]["content"] == "Good morning, Ana"]
+    (downloaded,) = map(json.loads, file.value.path().read_text("utf-8").splitlines())
+    assert written["messages"] == downloaded["messages"]
+    assert [message["role"] for message in written["messages"]] == ["system", "user", "assistant"]
+    pairs = {
+        row["prompt"][-1]["content"]: (row["chosen"][0]["content"], row["rejected"][0]["content"])
+        for row in exported(served, tmp_path, "preference")
+    }
+    assert pairs["Second question of the page"] == ("What I would have said", second["next"][0]["content"])
+    worse, better = third["next"]
+    assert pairs["Third question of the page"] == (better["content"], worse["content"])
+
     chosen = ("--model", tuned, "--max-steps", 1, "--no-cache", "--output", tmp_path / "again")
     instil("train", *chosen, "--data", tmp_path / "supervised.jsonl")
+    assert (tmp_path / "again" / "model.safetensors").is_file()
+
+
+def turns(conversation):
+    """The messages of the user that were gone on with."""
+    found, at = [], conversation
+    while at["next"]:
+        at = at["next"][at["active"]]
+        found += [at] if at["role"] == "user" else []
+    return found
 
 
 def test_a_server_with_a_key_asks_for_it_and_one_that_keeps_nothing_says_so(visit, guarded):
@@ -541,6 +626,15 @@ def test_a_server_with_a_key_asks_for_it_and_one_that_keeps_nothing_says_so(visi
     page.reload()
     page.wait_for_selector("body.ready")
     assert page.evaluate("Object.values(localStorage)") == ['{"max_tokens":"4"}']
+
+    # So is a server that cannot be reached.
+    page.context.set_offline(True)
+    send(page, "Are you there?")
+    assert "cannot be reached" in page.get_by_role("alert").inner_text()
+    page.context.set_offline(False)
+    press(page, "Try again")
+    finished(page)
+    assert len(shown(page)) == 4
 
     # What the server refuses is said, and what was typed stays.
     send(page, "too long " * 2000)

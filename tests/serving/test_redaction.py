@@ -159,11 +159,14 @@ def card_numbers(draw):
 def test_no_card_number_survives(before, number, after, left, right):
     found = US.text(f"{before} {left}{number}{right} {after}")
     assert number not in found
-    assert f" {left}[card]{right} " in found
+    assert f" {left}[card]" in found
+    if not right:  # else the number and what follows may add up to a longer one
+        assert f" {left}[card] " in found
 
 
 @given(around, card_numbers(), st.integers(1, 9), around)
 def test_a_number_that_does_not_add_up_is_no_card(before, number, more, after):
+    assume(not re.fullmatch(r"[\d -]{23}", number))  # its first 16 digits may add up by themselves
     wrong = number[:-1] + str((int(number[-1]) + more) % 10)
     assert "[card]" not in US.text(f"{before} {wrong} {after}")
 

@@ -5,13 +5,16 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 import threading
 import time
 from contextlib import contextmanager
+from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -523,6 +526,38 @@ def test_on_a_phone_nothing_hangs_over_and_all_can_be_read(tmp_path, browser, sc
         for drawn in range(6):
             page.evaluate(f"document.querySelector('svg.plot g').setAttribute('class', 'colour-{drawn}')")
             assert contrast(page, "svg.plot g .line", "stroke") >= 3, drawn
+
+
+COLOUR_BLIND = {  # what light becomes, by Machado, Oliveira and Fernandes (2009), at full severity
+    "none": [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
+}
+
+
+@pytest.mark.parametrize("eyes", COLOUR_BLIND)
+def test_the_colours_of_the_curves_are_told_apart_by_all_eyes(eyes):
+    """Their distance in CIELAB: 2.3 is just seen."""
+    style = (Path(serving.__file__).parent / "static" / "runs.css").read_text()
+    pairs = re.findall(r"--colour-\d: light-dark\((#[0-9a-f]{6}), (#[0-9a-f]{6})\)", style)
+    assert len(pairs) == 6
+    for theme in zip(*pairs, strict=True):
+        seen = [lab(np.clip(np.array(COLOUR_BLIND[eyes]) @ light(colour), 0, 1)) for colour in theme]
+        assert min(np.linalg.norm(one - other) for one, other in combinations(seen, 2)) > 25
+
+
+def light(colour):
+    """What a screen shines in red, green and blue."""
+    parts = np.array([int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)])
+    return np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+
+
+def lab(rgb):
+    xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]) @ rgb
+    x, y, z = xyz / [0.9505, 1.0, 1.089]
+    x, y, z = (part ** (1 / 3) if part > (6 / 29) ** 3 else part * (29 / 6) ** 2 / 3 + 4 / 29 for part in (x, y, z))
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
 
 
 def contrast(page, selector, of="color"):

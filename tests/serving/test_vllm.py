@@ -81,13 +81,11 @@ def test_what_is_chosen(whole, tmp_path):
 
 
 def test_the_template_is_given_what_training_gave_it(whole):
-    (whole / "instil.json").write_text(json.dumps({"template": {"arguments": {"enable_thinking": False}}}))
-    assert json.loads(flags(command(str(whole), **AT))["--default-chat-template-kwargs"][0]) == {
-        "enable_thinking": False
-    }
+    name = "--default-chat-template-kwargs"
+    (whole / "instil.json").write_text(json.dumps({"template": {"arguments": {"enable_thinking": False, "date": "x"}}}))
+    assert json.loads(flags(command(str(whole), **AT))[name][0]) == {"enable_thinking": False, "date": "x"}
     chosen = command(str(whole), **AT, template_args={"enable_thinking": True})
-    assert json.loads(flags(chosen)["--default-chat-template-kwargs"][0]) == {"enable_thinking": True}
-    assert "--default-chat-template-kwargs" not in command(str(whole), **AT, template_args={})
+    assert json.loads(flags(chosen)[name][0]) == {"enable_thinking": True, "date": "x"}
 
 
 def test_of_two_templates_vllm_takes_that_for_tools_itself(whole):

@@ -68,7 +68,9 @@ def export(
     )
     if not found.rows:
         sys.stderr.write(left_out)
-        raise UsageError(f"{record}: nothing in it makes a row of kind {kind}", "See what is: instil feedback stats")
+        raise UsageError(
+            f"{store.name}: nothing in it makes a row of kind {kind}", "See what is: instil feedback stats"
+        )
     save(output, (json.dumps(row, ensure_ascii=False) + "\n" for row in found.rows))
     used = ", ".join(f"{count:,} {why.replace('-', ' ')}" for why, count in found.used.most_common())
     sys.stderr.write(f"{left_out}instil: wrote {output}: {_count(len(found.rows), 'row')} ({used})\n")
@@ -98,7 +100,7 @@ def list_interactions(
         raise UsageError(f"--last {last}: must be 0 or more", "0 lists all.")
     begin = _day(since)
     with _open(record) as store:
-        entries = _entries(store, model, begin)
+        entries = _entries(store, model, begin, judged=only is not None, last=last or None)
     entries = [each for each in entries if only is None or only in each["judged"]][-last:]
     if as_json:
         for each in entries:
@@ -118,7 +120,7 @@ def list_interactions(
             _shown(said[0] if said else "") + Text(f" (and {len(said) - 1} more)" if len(said) > 1 else ""),
             ", ".join(name if count == 1 else f"{name} {count}" for name, count in each["judged"].items()),
         )
-    _console().print(table if entries else f"{record}: nothing of that kind is recorded there")
+    _console().print(table if entries else f"{store.name}: nothing of that kind is recorded there")
 
 
 @feedback.command
@@ -141,7 +143,7 @@ def delete(
     what = f"what is older than {older_than} days" if older_than is not None else ", ".join(ids) or "everything"
     with _open(record) as store:
         if not yes:
-            _ask(f"Delete {what} from {record} for good?")
+            _ask(f"Delete {what} from {store.name} for good?")
         if ids:
             deleted = store.delete(ids)
         else:
@@ -166,7 +168,7 @@ def stats(*, record: Record, model: str | None = None, since: Since = None, as_j
     with _open(record) as store:
         from instil.serving.feedback.verdicts import statistics
 
-        found = statistics(store.interactions(model=model, since=begin), store.judgements())
+        found = statistics(store.overview(model=model, since=begin), store.judgements())
     if as_json:
         sys.stdout.write(json.dumps(found, ensure_ascii=False, indent=2) + "\n")
         return
@@ -194,18 +196,20 @@ def _open(record: str) -> Store:
     return Store(record, create=False)
 
 
-def _entries(store: Store, model: str | None, since: datetime | None) -> list[dict[str, Any]]:
+def _entries(
+    store: Store, model: str | None, since: datetime | None, *, judged: bool, last: int | None
+) -> list[dict[str, Any]]:
     """Interactions and written dialogues as plain JSON values, the oldest first, with counts of judgements."""
     from instil.serving.feedback.verdicts import Verdicts
 
     verdicts = Verdicts.of(store.judgements())
-    judged: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    made: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for (id, _), rating in verdicts.ratings.items():
-        judged[id][rating.body["value"]] += 1
+        made[id][rating.body["value"]] += 1
     for id, _ in verdicts.corrections:
-        judged[id]["corrected"] += 1
+        made[id]["corrected"] += 1
     for id, _ in chain.from_iterable(verdicts.preferences):
-        judged[id]["compared"] += 1
+        made[id]["compared"] += 1
     entries = [
         {
             "id": each.id,
@@ -217,9 +221,9 @@ def _entries(store: Store, model: str | None, since: datetime | None) -> list[di
             "messages": list(each.messages),
             "tools": list(each.tools),
             "answers": [answer.to_wire() | {"ended": answer.ended} for answer in each.answers],
-            "judged": dict(judged[each.id]),
+            "judged": dict(made[each.id]),
         }
-        for each in store.interactions(model=model, since=since)
+        for each in store.interactions(model=model, since=since, judged=judged, last=None if judged else last)
     ]
     for each in verdicts.dialogues:
         if model is None and (since is None or each.time >= since):

@@ -152,7 +152,8 @@ def load_template(
     Args:
         choice: A built-in name, a `.jinja` file, or None for the tokenizer's own.
         tokenizer: Gets the declared special tokens that it lacks.
-        arguments: Template arguments.
+        arguments: Template arguments. Of the tokenizer's own template they are added to those that the model beside it
+            was tuned with, and come before them.
 
     Raises:
         UsageError: No built-in template and no file has this name, or an argument is one that rendering itself sets.
@@ -176,7 +177,8 @@ def load_template(
         name, text = str(choice), _read_file(Path(choice), known)
     tokenizer.add_special_tokens(_declarations(text, name).get("special_tokens", {}))
     tool_text = tokenizer.tool_template if choice is None else None
-    template = ChatTemplate(name, text, tokenizer.special_tokens, dict(arguments or {}), tool_text)
+    own = tokenizer.template_arguments if choice is None else {}
+    template = ChatTemplate(name, text, tokenizer.special_tokens, {**own, **(arguments or {})}, tool_text)
     _check(template)
     return template
 

@@ -81,6 +81,8 @@ class Tokenizer:
         self.max_length = max_length
         self.name = name
         self.added: tuple[str, ...] = ()
+        self.template_arguments: Mapping[str, Any] = {}
+        """What its own template was given when the model beside it was tuned, and is given from then on."""
 
     def __len__(self) -> int:
         return int(self.backend.get_vocab_size(with_added_tokens=True))
@@ -133,7 +135,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         if issubclass(loader, transformers.LlamaTokenizer) and _is_byte_level(folder):  # as DeepSeek's are named
             loader = transformers.PreTrainedTokenizerFast
         loaded = loader.from_pretrained(str(path))
-        return _taken_over(loaded, _fast_backend(loaded, str(path)), str(path))
+        found = _taken_over(loaded, _fast_backend(loaded, str(path)), str(path))
+        template = _read_config(folder / "instil.json").get("template")
+        found.template_arguments = dict(template.get("arguments") or {}) if isinstance(template, dict) else {}
+        return found
     except TokenizerError:
         raise
     except Exception as error:

@@ -124,10 +124,15 @@ def finish_reason(job: Job, calls: Sequence[ToolCall]) -> str:
 
 
 def calls_to_json(calls: Sequence[ToolCall], prefix: str) -> list[dict[str, Any]]:
-    """Calls as OpenAI's API writes them: with ids, the arguments as JSON text."""
+    """Calls as OpenAI's API writes them: with ids, the arguments as JSON text.
+
+    Args:
+        calls: The calls.
+        prefix: What no other answer's calls have in their ids, which are of nine signs, as Mistral's templates want.
+    """
     return [
         {
-            "id": call.id or f"call_{prefix}{number}",
+            "id": call.id or f"{prefix}{number}"[-9:],
             "type": "function",
             "function": {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)},
         }

@@ -145,9 +145,9 @@ class ServedModel:
         conversation = self.conversation(request.messages, tools)
         ids = self.chat_ids(conversation)
         names = frozenset(str(tool["function"]["name"]) for tool in conversation.tools)
-        shown = [self._id(token) for token in self.calls.tokens] if self.calls and names else []
         top = request.top_logprobs or 0
-        jobs, sampling = self._jobs(request, [list(ids)], request.limit, shown=shown, top=top)
+        shown, stops = self._of_calls if names else ([], [])
+        jobs, sampling = self._jobs(request, [list(ids)], request.limit, shown=shown, top=top, stops=stops)
         return Asked(jobs, sampling, conversation, names)
 
     def asked_completion(self, request: CompletionRequest) -> Asked:
@@ -221,6 +221,13 @@ class ServedModel:
         if context and len(ids) > context:
             raise self._too_long(place, len(ids))
         return ids
+
+    @cached_property
+    def _of_calls(self) -> tuple[list[int], list[int]]:
+        """The special tokens that calls are written with, and the token that ends them."""
+        if self.calls is None:
+            return [], []
+        return [self._id(token) for token in self.calls.tokens], [self._id(self.calls.stop)] if self.calls.stop else []
 
     def _infill(self) -> Infill:
         if not isinstance(self.infill, Infill):

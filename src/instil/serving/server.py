@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -35,7 +36,7 @@ from instil.serving.answers import (
     unless_gone,
     usage,
 )
-from instil.serving.feedback import Given, Interaction, NotRecordedError, Store
+from instil.serving.feedback import Given, Interaction, NotRecordedError, Store, StoreError
 from instil.serving.metrics import Metrics
 from instil.serving.models import Asked, Said, ServedModel
 from instil.serving.protocol import (
@@ -243,16 +244,25 @@ class Server:
             return {"id": await asyncio.to_thread(request.root.keep, store)}
         except NotRecordedError as error:
             raise ApiError(404, f"{error} (only what was recorded can be rated: store: true)", "id") from error
+        except StoreError as error:
+            _tell(error)
+            raise ApiError(503, "it could not be kept", code="not_kept") from error
         except InstilError as error:
             raise ApiError(400, str(error)) from error
 
     async def record(self, answering: _Answering) -> None:
-        """Keep a request and its answers, if that is wanted; it is on disk when this returns."""
+        """Keep a request and its answers, if that is wanted; it is on disk when this returns.
+
+        Where it cannot be kept that is told on standard error, and the answers are given all the same.
+        """
         if self._recording is None or not self._recording.wants(answering.request):
             return
         store = self._recording.store
-        for interaction in answering.interactions():
-            await asyncio.to_thread(store.record, interaction)
+        try:
+            for interaction in answering.interactions():
+                await asyncio.to_thread(store.record, interaction)
+        except StoreError as error:
+            _tell(error)
 
     # Parts.
 
@@ -576,6 +586,10 @@ def application(server: Server, more: Sequence[APIRouter] = ()) -> FastAPI:
         return Response((pages / "index.html").read_bytes(), media_type="text/html; charset=utf-8")
 
     return app
+
+
+def _tell(error: StoreError) -> None:
+    sys.stderr.write(f"instil: not kept: {error}\n")
 
 
 async def _told(_: Request, error: Exception) -> Response:

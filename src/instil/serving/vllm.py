@@ -65,7 +65,7 @@ def hand_over(
         precision: What products are computed in; auto: what the model is stored in, as vLLM has it.
         trust_remote_code: Run the code that comes with the model.
         template: A `.jinja` file with a chat template in place of the model's own.
-        template_args: Its arguments; those that the model was trained with.
+        template_args: Its arguments, before those that the model was trained with.
         ignored: The flags that were given and that vLLM knows nothing of.
 
     Raises:
@@ -139,10 +139,9 @@ def command(
         template = str(own) if own.is_file() else None
     if template is not None:
         found += ["--chat-template", template]
-    if template_args is None:
-        template_args = _record(folder).get("template", {}).get("arguments")
-    if template_args:
-        found += ["--default-chat-template-kwargs", json.dumps(dict(template_args))]
+    arguments = {**_record(folder).get("template", {}).get("arguments", {}), **(template_args or {})}
+    if arguments:
+        found += ["--default-chat-template-kwargs", json.dumps(arguments)]
     if (folder / "generation_config.json").is_file():  # holds the stop tokens
         found += ["--generation-config", str(folder)]
     if max_model_len is not None:

@@ -66,8 +66,11 @@ def export(
         pairs_from_ratings: Whether an answer that was rated up is better than one to the same conversation that was
             rated down.
     """
-    kept = _Kept(Verdicts.of(store.judgements()), {each.id: each for each in store.interactions(judged=True)})
-    kept.model, kept.since = model, since
+    judgements = store.judgements()
+    interactions = {each.id: each for each in store.interactions(judged=True)}
+    known = {None, *interactions}
+    there = [each for each in judgements if {each.interaction, each.rejected} <= known]
+    kept = _Kept(Verdicts.of(there), interactions, model, since)  # some may have been deleted meanwhile
     if kind == "supervised":
         return _supervised(kept)
     return _labelled(kept) if kind == "labelled" else _preferences(kept, pairs_from_ratings)

@@ -31,7 +31,7 @@ from instil.serving.feedback.database import (
     schema_table,
 )
 from instil.serving.feedback.redaction import Redactor
-from instil.serving.feedback.values import JUDGEMENT, Deleted, Given, Interaction, Judgement, JudgementKind
+from instil.serving.feedback.values import JUDGEMENT, Deleted, Given, Interaction, Judgement, JudgementKind, Overview
 
 MOST_TEXT = 200_000
 """Characters of one text that a person wrote: what is redacted takes time."""
@@ -239,7 +239,12 @@ class Store:
     # Read.
 
     def interactions(
-        self, *, model: str | None = None, since: datetime | None = None, judged: bool = False
+        self,
+        *,
+        model: str | None = None,
+        since: datetime | None = None,
+        judged: bool = False,
+        last: int | None = None,
     ) -> list[Interaction]:
         """Those that are kept, the oldest first.
 
@@ -247,19 +252,23 @@ class Store:
             model: Only those of this model.
             since: Only those from this time on.
             judged: Only those that a judgement is about.
+            last: Only so many of the newest.
         """
-        chosen = select(interaction_table).order_by(interaction_table.c.time, interaction_table.c.id)
-        if model is not None:
-            chosen = chosen.where(interaction_table.c.model == model)
-        if since is not None:
-            chosen = chosen.where(interaction_table.c.time >= since)
+        chosen = _chosen(select(interaction_table), model, since)
         if judged:
             about = (
                 select(each).where(each.is_not(None))
                 for each in (judgement_table.c.interaction, judgement_table.c.rejected)
             )
             chosen = chosen.where(or_(*(interaction_table.c.id.in_(each) for each in about)))
-        return [_interaction(row) for row in self._rows(chosen)]
+        newest = chosen.order_by(interaction_table.c.time.desc(), interaction_table.c.id.desc()).limit(last)
+        return [_interaction(row) for row in reversed(self._rows(newest))]
+
+    def overview(self, *, model: str | None = None, since: datetime | None = None) -> list[Overview]:
+        """Of those that are kept what is counted, as `interactions`."""
+        columns = interaction_table.c
+        chosen = select(columns.id, columns.time, columns.model, columns.choices).order_by(columns.time, columns.id)
+        return [Overview(row.id, row.time, row.model, row.choices) for row in self._rows(_chosen(chosen, model, since))]
 
     def judgements(self) -> list[Judgement]:
         """All that are kept, the history included, in order."""
@@ -434,6 +443,12 @@ def _interaction(row: Row[Any]) -> Interaction:
         answers=tuple(_given(each) for each in held["answers"]),
         redacted=held["redacted"],
     )
+
+
+def _chosen(query: Select[Any], model: str | None, since: datetime | None) -> Select[Any]:
+    if model is not None:
+        query = query.where(interaction_table.c.model == model)
+    return query if since is None else query.where(interaction_table.c.time >= since)
 
 
 def _given(held: Mapping[str, Any]) -> Given:

@@ -78,6 +78,16 @@ class Interaction:
 
 
 @dataclass(frozen=True, slots=True)
+class Overview:
+    """Of an interaction what is counted: its id, its time, its model, and how many answers it has."""
+
+    id: str
+    time: datetime
+    model: str
+    answers: int
+
+
+@dataclass(frozen=True, slots=True)
 class Judgement:
     """What a person made of an answer, or wrote.
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from statistics import NormalDist
 from typing import Any
 
-from instil.serving.feedback.values import Interaction, Judgement
+from instil.serving.feedback.values import Judgement, Overview
 
 Answer = tuple[str, int]
 """An answer, by its interaction's id and the number of its choice."""
@@ -62,7 +62,7 @@ def _better(judgement: Judgement) -> Answer:
     return judgement.interaction, judgement.choice
 
 
-def statistics(interactions: Sequence[Interaction], judgements: Iterable[Judgement]) -> dict[str, Any]:
+def statistics(interactions: Sequence[Overview], judgements: Iterable[Judgement]) -> dict[str, Any]:
     """How many interactions and judgements there are, and what share of the rated answers was rated up: of all, of each
     model, and of the answers of each week (ISO 8601, UTC), as plain JSON values.
     """
@@ -70,7 +70,7 @@ def statistics(interactions: Sequence[Interaction], judgements: Iterable[Judgeme
     by_id = {each.id: each for each in interactions}
     rated = [(by_id[answer[0]], each.body["value"]) for answer, each in verdicts.ratings.items() if answer[0] in by_id]
 
-    def grouped(name: str, group: Callable[[Interaction], str]) -> list[dict[str, Any]]:
+    def grouped(name: str, group: Callable[[Overview], str]) -> list[dict[str, Any]]:
         asked = Counter(map(group, interactions))
         return [
             {name: key, "interactions": asked[key], **_satisfaction([v for each, v in rated if group(each) == key])}
@@ -79,7 +79,7 @@ def statistics(interactions: Sequence[Interaction], judgements: Iterable[Judgeme
 
     return {
         "interactions": len(interactions),
-        "answers": sum(len(each.answers) for each in interactions),
+        "answers": sum(each.answers for each in interactions),
         **_satisfaction([value for _, value in rated]),
         "corrections": _about(verdicts.corrections, by_id),
         "preferences": sum(all(id in by_id for id, _ in each) for each in verdicts.preferences),
@@ -89,7 +89,7 @@ def statistics(interactions: Sequence[Interaction], judgements: Iterable[Judgeme
     }
 
 
-def _about(judged: Mapping[Answer, Judgement], by_id: Mapping[str, Interaction]) -> int:
+def _about(judged: Mapping[Answer, Judgement], by_id: Mapping[str, Overview]) -> int:
     return sum(id in by_id for id, _ in judged)
 
 

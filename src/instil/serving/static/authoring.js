@@ -1,11 +1,18 @@
 // A whole training dialogue, written by a person turn by turn; the model proposes drafts.
 
 import { generate } from "./api.js";
-import { byId, button, download, el, grow, redraw, say } from "./dom.js";
+import { ask, byId, button, download, el, redraw, say } from "./dom.js";
 import { author, isRecording } from "./feedback.js";
 import { sampling } from "./settings.js";
 
-const fresh = () => ({ user: "", about: "", assistant: "", system: "", turns: [{ role: "user", content: "" }], saved: false });
+const fresh = () => ({
+  user: "",
+  about: "",
+  assistant: "",
+  system: "",
+  turns: [{ role: "user", content: "" }],
+  saved: false,
+});
 
 let dialogue = fresh();
 let running = null; // the draft that is being written
@@ -15,6 +22,7 @@ const name = (role) => dialogue[role].trim() || (role === "user" ? "User" : "Ass
 /** Wire the view to the page. */
 export function startAuthoring() {
   dialogue = { ...fresh(), ...JSON.parse(localStorage.getItem("instil.dialogue") ?? "{}") };
+  dialogue.turns.forEach((turn) => delete turn.drafting); // a reload ends a draft
   for (const field of ["user", "about", "assistant", "system"]) {
     byId(`write-${field}`).oninput = () => {
       dialogue[field] = byId(`write-${field}`).value;
@@ -27,10 +35,17 @@ export function startAuthoring() {
     const row = JSON.stringify({ messages: messages() });
     download("dialogue.jsonl", `${row}\n`, "application/jsonl");
   };
-  byId("write-new").onclick = () => {
-    if (!dialogue.saved && dialogue.turns.some(({ content }) => content) && !confirm("Discard this dialogue?")) return;
+  byId("write-new").onclick = async () => {
+    const unsaved = !dialogue.saved && dialogue.turns.some(({ content }) => content);
+    if (unsaved && (await ask(byId("discarding"))) === null) return;
     stopDraft();
-    dialogue = { ...fresh(), user: dialogue.user, about: dialogue.about, assistant: dialogue.assistant, system: dialogue.system };
+    dialogue = {
+      ...fresh(),
+      user: dialogue.user,
+      about: dialogue.about,
+      assistant: dialogue.assistant,
+      system: dialogue.system,
+    };
     changed();
     draw();
   };
@@ -54,7 +69,8 @@ function missing() {
   if (empty >= 0) return `Turn ${empty + 1} is empty.`;
   const twice = dialogue.turns.findIndex(({ role }, i) => role !== (i % 2 ? "assistant" : "user"));
   if (twice >= 0) return `Turn ${twice + 1} should be ${name(twice % 2 ? "assistant" : "user")}'s.`;
-  if (dialogue.turns.length < 2 || dialogue.turns.at(-1).role !== "assistant") return `The last turn should be ${name("assistant")}'s.`;
+  if (dialogue.turns.length < 2 || dialogue.turns.at(-1).role !== "assistant")
+    return `The last turn should be ${name("assistant")}'s.`;
   return undefined;
 }
 
@@ -70,7 +86,9 @@ function state() {
   const off = "This server keeps nothing (it was started without --record): download the dialogue instead.";
   byId("write-save").disabled = Boolean(why) || !isRecording() || dialogue.saved;
   byId("write-download").disabled = Boolean(why);
-  byId("write-state").textContent = dialogue.saved ? "Saved for training." : (why ?? (isRecording() ? "Ready to be saved." : off));
+  byId("write-state").textContent = dialogue.saved
+    ? "Saved for training."
+    : (why ?? (isRecording() ? "Ready to be saved." : off));
 }
 
 function draw() {
@@ -85,7 +103,6 @@ function draw() {
     draw();
     byId("turns").lastElementChild.querySelector("textarea").focus();
   };
-  document.querySelectorAll("#turns textarea").forEach(grow);
   state();
 }
 
@@ -95,13 +112,13 @@ function turnItem(turn, i) {
   area.dataset.key = id;
   area.oninput = () => {
     turn.content = area.value;
-    grow(area);
     changed();
   };
   const propose = turn.drafting
     ? button("Stop", stopDraft, { key: `${id}-propose` })
     : button("Propose", () => draft(turn, i), { key: `${id}-propose` });
   const remove = () => {
+    if (turn.drafting) stopDraft();
     dialogue.turns.splice(i, 1);
     changed();
     draw();
@@ -128,27 +145,31 @@ function asked(role, before) {
   const who = `You are ${name("user")}${dialogue.about.trim() ? `: ${dialogue.about.trim()}` : "."}`;
   const task = `You talk to ${name("assistant")}. Write what ${name("user")} says next, and nothing else.`;
   const turned = before.map(({ role, content }) => ({ role: other[role], content }));
-  const start = turned[0]?.role === "user" ? [] : [{ role: "user", content: `Begin the conversation with ${name("assistant")}.` }];
+  const start =
+    turned[0]?.role === "user" ? [] : [{ role: "user", content: `Begin the conversation with ${name("assistant")}.` }];
   return [{ role: "system", content: `${who}\n${task}` }, ...start, ...turned];
 }
 
-/** Have the model write turn `i`, to be changed as one likes. What stood there comes back if nothing is proposed. */
+/** Have the model write a turn, to be changed as one likes. What stood there stays if nothing is proposed. */
 async function draft(turn, i) {
   if (running) return;
-  const before = turn.content;
   const controller = (running = new AbortController());
-  Object.assign(turn, { drafting: true, error: null, content: "" });
+  Object.assign(turn, { drafting: true, error: null });
   draw();
   const answer = { content: "", tokens: [], ended: null };
-  const body = { model: byId("model").value, messages: asked(turn.role, dialogue.turns.slice(0, i)), ...sampling(), store: false };
+  const body = {
+    model: byId("model").value,
+    messages: asked(turn.role, dialogue.turns.slice(0, i)),
+    ...sampling(),
+    store: false,
+  };
   const onText = () => {
-    const area = byId(`turn-${i}`);
+    const area = byId(`turn-${dialogue.turns.indexOf(turn)}`);
     if (area) area.value = answer.content;
-    if (area) grow(area);
   };
   await generate(body, answer, { signal: controller.signal, onText });
   running = null;
-  Object.assign(turn, { drafting: undefined, error: answer.error, content: answer.content.trim() || before });
+  Object.assign(turn, { drafting: undefined, error: answer.error, content: answer.content.trim() || turn.content });
   changed();
   draw();
   say(answer.error ?? (answer.content.trim() ? "A draft was written." : "The model proposed nothing."));

@@ -3,7 +3,7 @@
 import { generate } from "./api.js";
 import { add, newConversation, newId, path, remove, save, title, wire } from "./conversations.js";
 import { pairMessage, pairOf } from "./compare.js";
-import { announce, ask, byId, button, el, grow, redraw, say } from "./dom.js";
+import { announce, ask, byId, button, el, redraw, say } from "./dom.js";
 import { correct, isKept, isRecording } from "./feedback.js";
 import { answerMessage, drawAnswer, userMessage } from "./message.js";
 import { isGreedy, sampling } from "./settings.js";
@@ -32,7 +32,6 @@ export function startChat(about, changed) {
     send();
   };
   byId("message").oninput = () => {
-    grow(byId("message"));
     sessionStorage.setItem("instil.typed", byId("message").value);
   };
   byId("message").value = sessionStorage.getItem("instil.typed") ?? "";
@@ -41,23 +40,20 @@ export function startChat(about, changed) {
     conversation.system = byId("system").value;
     keep();
   };
-  byId("system").oninput = () => grow(byId("system"));
   byId("keep").onchange = () => {
     conversation.keep = byId("keep").checked;
     keep();
   };
 }
 
-/** Show a conversation, or a new one. */
-export async function open(chosen = newConversation()) {
-  await stop();
+/** Show a conversation, or a new one; what was being written was stopped. */
+export function open(chosen = newConversation()) {
   conversation = chosen;
   trouble = null;
   sessionStorage.setItem("instil.open", conversation.id);
   draw();
   byId("system").value = conversation.system;
   byId("system-part").open = conversation.system !== "";
-  grow(byId("system"));
   byId("end").scrollIntoView({ block: "end" });
 }
 
@@ -100,12 +96,21 @@ const actions = {
     const content = await correct(first, before?.content ?? first.content);
     if (content === null) return;
     if (before) before.content = content;
-    const written = { role: "assistant", by: "person", corrects: first.served, model: first.model, content, ended: "stop", tokens: [] };
+    const written = {
+      role: "assistant",
+      by: "person",
+      corrects: first.served,
+      model: first.model,
+      content,
+      ended: "stop",
+      tokens: [],
+    };
     actions.show(parent, parent.next.indexOf(before ?? add(parent, written)));
   },
   tokens: ({ message, parent }) => showTokens(message, wire(conversation, parent)),
 };
 
+/** Draw the conversation. */
 function draw() {
   bodies = new Map();
   const shown = path(conversation);
@@ -124,8 +129,18 @@ function draw() {
   });
   const last = shown.at(-1)?.message;
   if (last?.role === "user" && !running) {
-    const again = button(trouble ? "Try again" : "Answer this", () => answer(last), { key: "again", className: "choose" });
-    items.push(el("li", { className: "message" }, trouble ? el("p", { className: "error", role: "alert" }, trouble) : null, again));
+    const again = button(trouble ? "Try again" : "Answer this", () => answer(last), {
+      key: "again",
+      className: "choose",
+    });
+    items.push(
+      el(
+        "li",
+        { className: "message" },
+        trouble ? el("p", { className: "error", role: "alert" }, trouble) : null,
+        again,
+      ),
+    );
   }
   redraw(byId("messages"), items, byId("message"));
   byId("empty").hidden = items.length > 0;
@@ -144,7 +159,6 @@ async function send() {
   const message = add(shown.at(-1)?.message ?? conversation, { role: "user", content: box.value });
   box.value = "";
   sessionStorage.removeItem("instil.typed");
-  grow(box);
   await answer(message);
 }
 
@@ -200,7 +214,8 @@ async function finish(message, answers) {
   }
   draw();
   follow();
-  announce(answers.map(({ model, content }) => `${model}: ${content}`).join("\n"));
+  const said = answers.filter(({ content }) => content);
+  announce(said.map(({ model, content }) => `${model}: ${content}`).join("\n"));
   await keep();
 }
 

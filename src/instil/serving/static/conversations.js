@@ -65,6 +65,21 @@ async function store(mode) {
   return database.transaction("conversations", mode).objectStore("conversations");
 }
 
+/** The one that is kept under an identifier, if there is one. Answers that a reload broke off are stopped ones. */
+export async function load(id) {
+  const found = await settled((await store("readonly")).get(id));
+  if (found) settle(found);
+  return found;
+}
+
+function settle(parent) {
+  for (const message of parent.next) {
+    if (message.ended === null && !message.content) remove(parent, message);
+    else if (message.ended === null) message.ended = "stopped";
+    settle(message);
+  }
+}
+
 /** All that are kept, the latest first. */
 export async function all() {
   const found = await settled((await store("readonly")).getAll());

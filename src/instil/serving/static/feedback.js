@@ -91,7 +91,7 @@ export const prefer = (chosen, rejected) =>
 
 /** Have the person write the answer that should have been given; the text when the server has it, else null. */
 export async function correct(answer, written) {
-  for (let content = written, error = ""; ; ) {
+  for (let content = written, error = ""; ;) {
     const given = await ask(byId("correction"), { content }, error);
     if (given === null) return null;
     content = given.content;

@@ -1,7 +1,7 @@
 // The conversations kept in this browser: opened, renamed, deleted, exported.
 
 import { current, open, stop } from "./chat.js";
-import { all, forget, save, title, wire } from "./conversations.js";
+import { all, forget, load, save, title, wire } from "./conversations.js";
 import { ask, byId, button, download, el, redraw } from "./dom.js";
 
 /** Wire the list to the page and open what was open before. */
@@ -13,7 +13,7 @@ export async function startList() {
     if (given === null) return;
     current().title = given.title.trim();
     byId("title").textContent = title(current());
-    await save(current());
+    await save(current()).catch(() => {});
     drawList();
   };
   byId("delete").onclick = async () => {
@@ -24,16 +24,21 @@ export async function startList() {
   };
   byId("export").onclick = () => {
     const whole = { title: title(current()), messages: wire(current()), conversation: current() };
-    const name = title(current()).replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 40);
+    const name = title(current())
+      .replace(/[^\p{L}\p{N}]+/gu, "-")
+      .slice(0, 40);
     download(`${name}.json`, JSON.stringify(whole, null, 2), "application/json");
   };
-  const kept = await all().catch(() => []);
-  await open(kept.find(({ id }) => id === sessionStorage.getItem("instil.open")));
+  open(await load(sessionStorage.getItem("instil.open") ?? "").catch(() => undefined));
   drawList();
 }
 
-async function go(conversation) {
-  await open(conversation);
+/** Open the conversation with this identifier, or a new one. */
+async function go(id) {
+  if (id === undefined || id !== current().id) {
+    await stop();
+    open(id === undefined ? undefined : await load(id));
+  }
   showList(false);
   drawList();
   byId("message").focus();
@@ -49,12 +54,13 @@ export function showList(shown) {
 export async function drawList() {
   const kept = await all().catch(() => []);
   const items = kept.map((each) => {
-    const item = button(title(each), () => go(each), { key: each.id });
+    const item = button(title(each), () => go(each.id), { key: each.id });
     if (each.id === current().id) item.setAttribute("aria-current", "true");
     return el("li", {}, item);
   });
   redraw(byId("conversations"), items, byId("new"));
   byId("conversations-none").hidden = items.length > 0;
   const isKept = kept.some(({ id }) => id === current().id);
-  for (const id of ["rename", "delete", "export"]) byId(id).disabled = !isKept;
+  byId("rename").disabled = byId("delete").disabled = !isKept;
+  byId("export").disabled = !current().next.length;
 }

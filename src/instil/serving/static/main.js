@@ -14,7 +14,10 @@ function showView() {
   byId("chat").hidden = writing;
   byId("write").hidden = !writing;
   document.title = writing ? "Write a dialogue · Instil" : "Chat · Instil";
-  for (const [id, here] of [["to-chat", !writing], ["to-write", writing]]) {
+  for (const [id, here] of [
+    ["to-chat", !writing],
+    ["to-write", writing],
+  ]) {
     if (here) byId(id).setAttribute("aria-current", "page");
     else byId(id).removeAttribute("aria-current");
   }
@@ -24,7 +27,9 @@ function showView() {
 /** Light or dark, the other of what is seen now. */
 function turnTheme() {
   const root = document.documentElement;
-  const dark = getComputedStyle(root).colorScheme === "dark" || (root.dataset.theme === "system" && matchMedia("(prefers-color-scheme: dark)").matches);
+  const dark =
+    getComputedStyle(root).colorScheme === "dark" ||
+    (root.dataset.theme === "system" && matchMedia("(prefers-color-scheme: dark)").matches);
   root.dataset.theme = dark ? "light" : "dark";
   localStorage.setItem("instil.theme", root.dataset.theme);
 }

@@ -4,8 +4,7 @@ import { Marked } from "./vendor/marked.esm.js";
 import DOMPurify from "./vendor/purify.es.mjs";
 import { button, say } from "./dom.js";
 
-const escaped = (text) =>
-  text.replace(/[&<>"']/g, (character) => `&#${character.codePointAt(0)};`);
+const escaped = (text) => text.replace(/[&<>"']/g, (character) => `&#${character.codePointAt(0)};`);
 
 const marked = new Marked({
   gfm: true,
@@ -20,9 +19,8 @@ const marked = new Marked({
 });
 
 const ALLOWED = {
-  ALLOWED_TAGS: (
-    "a p br hr em strong del code pre blockquote ul ol li h1 h2 h3 h4 h5 h6 table thead tbody tr th td"
-  ).split(" "),
+  ALLOWED_TAGS:
+    "a p br hr em strong del code pre blockquote ul ol li h1 h2 h3 h4 h5 h6 table thead tbody tr th td".split(" "),
   ALLOWED_ATTR: ["href", "title", "align", "start", "class"],
   ADD_URI_SAFE_ATTR: ["align", "start"],
   ALLOWED_URI_REGEXP: /^(?:https?:|mailto:)/i,

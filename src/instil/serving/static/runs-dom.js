@@ -1,15 +1,6 @@
-// Elements, built in script, and numbers as people read them.
+// Drawings, tables, and numbers as people read them.
 
-/** An element with properties, attributes and children. */
-export function el(tag, properties = {}, ...children) {
-  const element = document.createElement(tag);
-  for (const [name, value] of Object.entries(properties)) {
-    if (name in element) element[name] = value;
-    else element.setAttribute(name, value);
-  }
-  element.append(...children.flat());
-  return element;
-}
+import { el } from "./dom.js";
 
 /** An element of a drawing. */
 export function draw(tag, attributes = {}, ...children) {
@@ -18,8 +9,6 @@ export function draw(tag, attributes = {}, ...children) {
   element.append(...children);
   return element;
 }
-
-export const byId = (id) => document.getElementById(id);
 
 /** A table: a head of column names, and rows whose first cell names them. Empty rows are left out. */
 export function fill(table, head, rows) {

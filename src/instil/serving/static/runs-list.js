@@ -1,6 +1,7 @@
 // The list of the runs: a row each, kept in place while what it says changes, so that nothing loses the focus.
 
-import { byId, count, el, lastPart, number, time } from "./runs-dom.js";
+import { byId, el } from "./dom.js";
+import { count, lastPart, number, time } from "./runs-dom.js";
 
 const rows = new Map(); // by id
 

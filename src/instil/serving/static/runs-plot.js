@@ -1,6 +1,7 @@
 // One plot of several curves, as a drawing of the page: axes, lines, marks, and a cursor at a step.
 
-import { count, draw, el, number } from "./runs-dom.js";
+import { el } from "./dom.js";
+import { count, draw, number } from "./runs-dom.js";
 
 const COLOURS = 6; // as many as runs.css has
 const SHAPES = [

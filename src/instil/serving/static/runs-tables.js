@@ -1,6 +1,7 @@
 // Tables about the runs that are chosen: how they went, their settings, and their curves in numbers.
 
-import { byId, count, el, fill, number, time } from "./runs-dom.js";
+import { byId, el } from "./dom.js";
+import { count, fill, number, time } from "./runs-dom.js";
 
 const SHOWN = 40; // rows of the curves, at most
 const words = (name) => name.replaceAll("_", " ");

@@ -1,7 +1,8 @@
 // The page of the runs: which are chosen, what of them is shown, and asking again while one of them goes on.
 
+import { byId, el } from "./dom.js";
 import { get, hasKey, KeyWanted, NoAnswer, useKey } from "./runs-api.js";
-import { byId, count, el, fill, number } from "./runs-dom.js";
+import { count, fill, number } from "./runs-dom.js";
 import { filter, showEvaluations, showList } from "./runs-list.js";
 import { mark, plot } from "./runs-plot.js";
 import { measuresOf, showFacts, showSettings, showValues, valueAt } from "./runs-tables.js";
@@ -9,25 +10,26 @@ import { measuresOf, showFacts, showSettings, showValues, valueAt } from "./runs
 const WHILE_RUNNING = 2000; // milliseconds
 const OTHERWISE = 15000; // for one that begins
 
-document.documentElement.dataset.theme = localStorage.getItem("instil.theme") ?? "system";
-
 let runs = null; // as the server lists them; null before it did
-let chosen = new Map(); // by id: as the n-th of all that were ever chosen, which decides how it looks
+const chosen = new Map(); // by id: a number, free when it was chosen, which decides how it looks
 let details = []; // of those that are chosen: what the server tells, and the same smoothed
 let drawn = null; // the plot
 let curves = [];
 let waiting;
+let asked = 0; // times: what an earlier time gives is late
 
 /** Ask the server; show what has changed; ask again after a while. */
 async function refresh() {
   clearTimeout(waiting);
+  const time = (asked += 1);
   let pause = OTHERWISE;
   try {
     const listing = await get("/api/runs");
     if (runs === null) chooseFirst(listing.runs);
+    const found = await Promise.all([...chosen.keys()].map(ask));
+    if (time !== asked) return;
     const changed = listing.runs !== runs;
     runs = listing.runs;
-    const found = await Promise.all([...chosen.keys()].map(ask));
     if (changed) {
       showEvaluations(listing.evaluations);
       list();
@@ -37,13 +39,15 @@ async function refresh() {
     if (running) pause = WHILE_RUNNING;
     tell(running ? `${running} running` : "");
   } catch (error) {
-    if (error instanceof KeyWanted) return askKey();
+    if (time !== asked) return;
+    if (error instanceof KeyWanted) {
+      askKey();
+      return;
+    }
     if (!(error instanceof NoAnswer)) throw error;
     tell(error.message);
   }
-  clearTimeout(waiting);
   if (!document.hidden) waiting = setTimeout(refresh, pause);
-  return undefined;
 }
 
 /** What is known of a run, in full. */
@@ -120,7 +124,7 @@ function redraw() {
   const measure = measuresOf(plain).get(byId("measure").value);
   const atEnd = drawn === null || Number(byId("at").value) === drawn.right;
   curves = details.map(({ plain: run, smoothed }) => ({
-    n: chosen.get(run.id),
+    n: chosen.get(run.id) ?? 0,
     name: run.name,
     line: measure.line(smoothed ?? run),
     raw: smoothed ? measure.line(run) : null,

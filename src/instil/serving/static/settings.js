@@ -19,7 +19,10 @@ export function startSettings(about) {
   }
   form.addEventListener("change", () => {
     const values = FIELDS.filter((name) => form.elements[name].value !== "" && form.elements[name].checkValidity());
-    localStorage.setItem("instil.sampling", JSON.stringify(Object.fromEntries(values.map((name) => [name, form.elements[name].value]))));
+    localStorage.setItem(
+      "instil.sampling",
+      JSON.stringify(Object.fromEntries(values.map((name) => [name, form.elements[name].value]))),
+    );
     mark();
   });
   byId("settings-own").onclick = () => {

@@ -12,11 +12,13 @@ const percent = (logprob) => {
 
 /** A token's text with what cannot be seen made visible; the line break itself stays. */
 function visible(token, bytes) {
-  if (token.includes("\uFFFD") && bytes) return bytes.map((byte) => `\\x${byte.toString(16).padStart(2, "0")}`).join("");
+  if (token.includes("\uFFFD") && bytes)
+    return bytes.map((byte) => `\\x${byte.toString(16).padStart(2, "0")}`).join("");
   return token.replaceAll(" ", "·").replaceAll("\t", "⇥").replaceAll("\r", "␍").replaceAll("\n", "⏎\n") || "∅";
 }
 
-const looksSpecial = (token) => /^(<[^<>\s]+>|\[[A-Z_]+\])$/.test(token);
+/** Control tokens are spelled like this, and bytes of a character almost so. */
+const looksSpecial = (token) => /^(<(?!0x)[^<>\s]+>|\[[A-Z_]+\])$/.test(token);
 
 /** A row of tokens: one stop for the Tab key, arrow keys within; what is under the pointer or focus goes to `show`. */
 function row(entries, label, show) {
@@ -84,12 +86,13 @@ function readout(entry) {
       el("td", { className: "number" }, percent(other.logprob)),
     ),
   );
-  const facts = [entry.id === undefined ? null : `token ${entry.id}`, entry.logprob === undefined ? "given" : percent(entry.logprob)];
+  const facts = [
+    entry.id === undefined ? null : `token ${entry.id}`,
+    entry.logprob === undefined ? "given" : percent(entry.logprob),
+  ];
   return [
     el("p", {}, el("code", {}, entry.text), ` ${facts.filter(Boolean).join(", ")}`),
-    rows.length
-      ? el("table", {}, el("caption", {}, "What the model held likely here"), el("tbody", {}, rows))
-      : null,
+    rows.length ? el("table", {}, el("caption", {}, "What the model held likely here"), el("tbody", {}, rows)) : null,
   ].filter(Boolean);
 }
 
@@ -100,7 +103,11 @@ export async function showTokens(answer, messages) {
   const show = (entry) => box.replaceChildren(...readout(entry));
   box.replaceChildren(el("p", { className: "soft" }, "Point at a token, or move with the arrow keys."));
   byId("tokens-generated").replaceChildren(
-    el("p", { className: "soft" }, `${answer.tokens.length} tokens. The fainter a token's ground, the surer the model was.`),
+    el(
+      "p",
+      { className: "soft" },
+      `${answer.tokens.length} tokens. The stronger the colour behind a token, the less likely it was.`,
+    ),
     answer.tokens.length ? row(generated(answer.tokens), "What it generated", show) : "",
   );
   const part = byId("tokens-given");
