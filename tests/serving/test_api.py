@@ -219,7 +219,7 @@ def test_a_mistake_is_told_in_the_shape_of_openai(served, body, status, param, s
 def test_a_conversation_that_goes_on_is_not_read_anew(served, chat):
     system = {"role": "system", "content": "You are a helpful assistant of few words, who knows the world very well."}
     messages = [system, {"role": "user", "content": "Which river is longer, the Nile or the one that I love?"}]
-    body = {"max_tokens": 8, "return_token_ids": True}
+    body, before = {"max_tokens": 8, "return_token_ids": True}, 0
     for turn in range(4):
         answer = served.client.post("/v1/chat/completions", json={**body, "messages": messages}).json()
         reused = answer["usage"]["prompt_tokens_details"]["cached_tokens"]

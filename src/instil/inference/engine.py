@@ -194,7 +194,7 @@ class Engine:
 
     @property
     def fitting(self) -> int:
-        """The tokens whose keys and values fit into half of the memory that is free; 0 of a model that keeps no such."""
+        """The tokens whose keys and values fit into half of the free memory; 0 of a model that keeps none."""
         if self.one_by_one:
             return 0
         config = self._model.base.config.get_text_config()

@@ -318,8 +318,8 @@ def _wrong(tiny: Any) -> str:
 
 
 def _side_by_side(reader: SlotReader) -> list[tuple[list[int], Tensor]]:
-    """Answers of unlike lengths, longer than the window; one leaves, and others join, of which the last goes on from the
-    one that left: ids, and the logits behind.
+    """Answers of unlike lengths, longer than the window; one leaves, and others join, the last of which goes on from
+    the one that left: ids, and the logits behind.
     """
     draw = np.random.default_rng(0)
     first, second, third = (draw.integers(1, 60, size).tolist() for size in (6, 4, 5))

@@ -52,8 +52,8 @@ class Connection(H11Protocol):
         self._idle = self.loop.call_later(_IDLE, self._end_if_idle)
 
     def _end_if_idle(self) -> None:
-        busy = self.cycle and not self.cycle.response_complete  # there is none before the first request
-        if not busy:
+        cycle: Any = self.cycle  # None before the first request
+        if cycle is None or cycle.response_complete:
             self.transport.close()
 
     def _refuse(self, error: ApiError) -> None:

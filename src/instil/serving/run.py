@@ -15,11 +15,12 @@ import uvicorn
 
 from instil.errors import UsageError
 from instil.serving import runs
+from instil.serving.app import application
 from instil.serving.feedback import Store
 from instil.serving.guard import LOOPBACK, Guard, Guards
 from instil.serving.http import Connection
 from instil.serving.models import ServedModel
-from instil.serving.server import Recording, Server, application
+from instil.serving.server import Recording, Server
 from instil.serving.worker import Worker
 
 _KEPT = 4  # contexts, but no more than a quarter of what memory holds
