@@ -2,9 +2,9 @@
 
     python benchmarks/bench_serve.py --model DIR [--clients 1,8,64] [--seconds 20] [--max-tokens 48]
 
-Each client streams one chat answer after another. Printed are answers and tokens a second, and how long the first text
-takes: its median and 95th percentile. A hash of what was asked (in tokens of the prompt) and said shows that both
-served the same. `transformers serve` runs as it is by default and with --continuous-batching; what it cannot do is said.
+Each client streams one chat answer after another. Printed are answers and tokens a second, and how long the first
+text takes: its median and 95th percentile. A hash of what was asked (in tokens of the prompt) and said shows that both
+served the same. `transformers serve` runs as it is by default, and with --continuous-batching.
 """
 
 from __future__ import annotations
