@@ -52,8 +52,7 @@ class Connection(H11Protocol):
         self._idle = self.loop.call_later(_IDLE, self._end_if_idle)
 
     def _end_if_idle(self) -> None:
-        busy = self.cycle and not self.cycle.response_complete  # there is none before the first request
-        if not busy:
+        if getattr(self.cycle, "response_complete", True):  # there is none before the first request
             self.transport.close()
 
     def _refuse(self, error: ApiError) -> None:
