@@ -52,12 +52,7 @@ class Connection(H11Protocol):
         self._idle = self.loop.call_later(_IDLE, self._end_if_idle)
 
     def _end_if_idle(self) -> None:
-<<<<<<< HEAD
-        cycle: Any = self.cycle  # None before the first request
-        if cycle is None or cycle.response_complete:
-=======
         if getattr(self.cycle, "response_complete", True):  # there is none before the first request
->>>>>>> 7bbe305d8a3faad4a1b3cb45b03523c4e93c7bd2
             self.transport.close()
 
     def _refuse(self, error: ApiError) -> None:
