@@ -319,3 +319,13 @@ def test_a_prompt_is_told_of(kind, letters):
         assert [own[0][0] for own in each.told.top] == expected[:-1].argmax(-1).tolist()
         assert all(len(own) == 2 for own in each.told.top)
     assert jobs[2].drawn[0].top[0] == (jobs[2].drawn[0].id, jobs[2].drawn[0].logprob)
+
+
+def test_a_models_attention_is_what_it_was_before(letters):
+    """Not what it was when the engine was made: what reads trees sets another meanwhile."""
+    model = random_model("llama", torch.float32)
+    engine = Engine(model, letters, [])
+    TreeModel(model)
+    before = model.config._attn_implementation
+    engine.generate([[3, 4, 5]], SamplingOptions(max_new_tokens=2))
+    assert model.config._attn_implementation == before != NAME

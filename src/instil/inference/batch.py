@@ -112,8 +112,10 @@ class Model(Protocol):
     def reader_alone(self) -> Reader:
         """Reads one answer at a time."""
 
-    def attend(self, side_by_side: bool | None) -> None:
-        """Set the model's attention."""
+    attention: str
+
+    def attend(self, side_by_side: bool) -> None:
+        """Set the model's attention for answers side by side, or alone."""
 
 
 class Batch:
@@ -127,6 +129,7 @@ class Batch:
 
     def __init__(self, model: Model, rows: int, kept: int) -> None:
         self._model = model
+        self._before = model.attention
         self._fitting = model.fitting - kept
         self._open: dict[bool, Callable[[], Reader]] = {
             False: lambda: model.reader(rows, kept),
@@ -155,7 +158,7 @@ class Batch:
             alone = self._model.alone(job)
             if alone not in self._lanes:
                 with torch.inference_mode():
-                    self._model.attend(None)
+                    self._model.attend(False)
                     self._lanes[alone] = _Lane(self._open[alone](), self._fitting)
             self._lanes[alone].waiting.append(job)
 
@@ -188,7 +191,7 @@ class Batch:
     def close(self) -> None:
         """Give the model back as it was, and its memory."""
         self._lanes.clear()
-        self._model.attend(None)
+        self._model.attention = self._before
 
 
 class _Lane:

@@ -218,11 +218,19 @@ class Engine:
         model = self._model.base
         return reading_alone(model) if self._regime is None else OneReader(model, cached=False)
 
-    def attend(self, side_by_side: bool | None) -> None:
-        """Set the model's attention: for answers side by side or alone; None for as it was."""
-        wanted = NAME if side_by_side else self._own_attention
-        if self._model.base.config._attn_implementation != wanted:
-            self._model.base.set_attn_implementation(wanted)
+    def attend(self, side_by_side: bool) -> None:
+        """Set the model's attention for answers side by side, or alone."""
+        self.attention = NAME if side_by_side else self._own_attention
+
+    @property
+    def attention(self) -> str:
+        """The name of the model's attention."""
+        return str(self._model.base.config._attn_implementation)
+
+    @attention.setter
+    def attention(self, name: str) -> None:
+        if self.attention != name:
+            self._model.base.set_attn_implementation(name)
 
     def _check(self, prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> None:
         for number, (ids, limit) in enumerate(zip(prompts, limits, strict=True)):
