@@ -358,6 +358,7 @@ def test_output_that_cannot_be_written_or_shown(instil, tokenizer, rows, tmp_pat
         running.stderr.close()
 
 
+@pytest.mark.prove
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_leaves_nothing_behind(tokenizer, tmp_path, number, code):
     data, folder = tmp_path / "rows.jsonl", tmp_path / "tmp"

@@ -101,6 +101,7 @@ def test_pairs_are_learned_measured_and_described(folder):
     assert "reward margin" in shown
 
 
+@pytest.mark.prove
 def test_a_dry_run_says_what_would_be_compared_and_what_not(folder):
     pair = {"prompt": "Name a city.", "chosen": "Lima.", "rejected": "Lima."}
     more = [pair, {**pair, "rejected": ""}, {**pair, "rejected": "Oslo."}]

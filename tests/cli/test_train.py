@@ -69,6 +69,7 @@ def tuned(folder):
     return folder / "tuned"
 
 
+@pytest.mark.prove
 def test_answers_learned_by_heart_are_the_references_and_end(tuned):
     tokenizer = AutoTokenizer.from_pretrained(tuned)
     model = AutoModelForCausalLM.from_pretrained(tuned)
@@ -126,6 +127,7 @@ def test_python_does_what_the_command_does(folder):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.prove
 def test_a_dry_run_says_what_would_be_done_and_does_nothing(folder):
     shown = instil(
         folder, "--init", "base", "--data", "rows.jsonl", "--template", "chatml", "--output", "dry", "--dry-run"
@@ -178,6 +180,7 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would_fit(folder):
     assert not (folder / "x").exists()
 
 
+@pytest.mark.prove
 def test_rejected_answers_are_not_taught(folder):
     pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
     (folder / "pairs.jsonl").write_text(json.dumps(pair) + "\n")

@@ -110,6 +110,7 @@ if os.fork() == 0:
 """
 
 
+@pytest.mark.prove
 def test_a_fork_does_not_outlive_the_program():
     mark = f"instil-fork-{os.getpid()}"
     assert ran(FORK.format(session="", mark=mark) + RIGHT).outcome == "passed"

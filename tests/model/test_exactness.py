@@ -157,6 +157,7 @@ def test_a_model_told_to_read_path_by_path_equals_separate_sequences(kind):
         check_same(found, separately(random_model(kind), records), FLOAT64)
 
 
+@pytest.mark.prove
 @given(data=st.data())
 def test_any_micro_batches_give_the_same_step(data):
     records, reader = branching(), reader_of("gemma2")

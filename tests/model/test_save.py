@@ -104,6 +104,7 @@ def test_an_adapter_goes_on_training_after_it_was_saved(saved, tmp_path):
     assert torch.equal(logits_of(models[0][0], IDS), logits_of(models[1][0], IDS))
 
 
+@pytest.mark.prove
 def test_peft_finds_the_grown_base_from_any_working_directory(saved, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model, growth = tuned(saved("llama"))

@@ -59,6 +59,7 @@ def test_the_pairs_are_read_whole_as_pairs_and_as_answers():
     assert len(list(instil.read(file))) == len(PAIRS)
 
 
+@pytest.mark.prove
 def test_no_made_up_name_is_a_word_of_the_corpus():
     sizes = BuildOptions(output=data_folder())
     documents = [*corpus(sizes.documents, sizes.seed), *corpus(sizes.pages, sizes.seed + 1, pages=True)]

@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 import instil
 from instil.conversation import Conversation, Message
 from instil.inference.load import load_engine
@@ -82,6 +84,7 @@ def test_what_was_served_and_judged_trains_on_the_ids_that_were_served(tuned, tm
         assert trained.history[-1].step == 1
 
 
+@pytest.mark.prove
 def test_a_gap_is_filled_by_the_prompt_of_training(tmp_path):
     rows = [{"prefix": f"def f{n}(x):\n    ", "suffix": f"\n\nf{n}(3)\n", "middle": "return x"} for n in range(4)]
     data = tmp_path / "gaps.jsonl"

@@ -270,6 +270,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.prove
 def test_litellm(served):
     found = run(LITELLM, served.url)
     asked = {"max_tokens": 10, "temperature": 0}
@@ -284,6 +285,7 @@ def test_litellm(served):
 # llm
 
 
+@pytest.mark.prove
 def test_llm_with_an_extra_model(served, tmp_path):
     extra = {"model_id": "mine", "model_name": "tuned", "api_base": f"{served.url}/v1", "api_key_name": "none"}
     (tmp_path / "extra-openai-models.yaml").write_text(json.dumps([extra]))
@@ -348,6 +350,7 @@ def ours(tuned):
     return HarnessModel(load_engine(ModelOptions(model=str(tuned), precision="fp32")), as_text=True)
 
 
+@pytest.mark.prove
 @pytest.mark.parametrize("backend", ["huggingface", "remote"])
 def test_the_harness_reads_likelihoods(served, tuned, ours, backend):
     """Those of the engine in process; of the harness's own tokens, and of those that the server tells of."""
@@ -368,6 +371,7 @@ def test_the_harness_reads_likelihoods(served, tuned, ours, backend):
     assert found["texts"] == pytest.approx(ours.loglikelihood_rolling(requests[1]), abs=1e-3)
 
 
+@pytest.mark.prove
 def test_the_harness_asks_for_answers(served):
     given = {"base_url": f"{served.url}/v1/chat/completions", "model": "tuned", "num_concurrent": 1}
 

@@ -322,6 +322,7 @@ def test_what_a_browser_asks_for_another_page(attacked):
     check_refusal(asked.status_code, asked.headers, asked.content)
 
 
+@pytest.mark.prove
 def test_no_data_without_the_key(guarded):
     """Every path there is, but for pages and what they are made of."""
     right = {"Authorization": "Bearer sesame"}
@@ -503,7 +504,7 @@ def fuzz(served, examples, seed):
 
 
 def test_what_schemathesis_thinks_of(attacked):
-    assert fuzz(attacked, 40, 1) > 250
+    assert fuzz(attacked, 15, 1) > 90
 
 
 @pytest.mark.prove
@@ -563,6 +564,7 @@ def test_an_end_lets_answers_come_to_theirs(tuned):
         assert said == "instil: ending: answers under way are given 30 seconds (Ctrl-C again ends at once)\n"
 
 
+@pytest.mark.prove
 def test_a_second_signal_ends_at_once(tuned):
     with serving(tuned, "--precision", "fp32") as served:
         with served.client.stream("POST", "/v1/chat/completions", json={**LONG, "n": 64}) as under_way:

@@ -447,6 +447,7 @@ CONTRAST = """() => {
 }"""
 
 
+@pytest.mark.prove
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1200), ("dark", 390)])
 def test_every_view_is_readable_and_fits(visit, served, scheme, width):
     page = visit(served, color_scheme=scheme, viewport={"width": width, "height": 800})
@@ -501,6 +502,7 @@ def exported(served, tmp_path, kind):
     return [json.loads(line) for line in target.read_text("utf-8").splitlines()]
 
 
+@pytest.mark.prove
 def test_what_a_person_does_becomes_rows_that_train(visit, served, tuned, tmp_path):
     page = visit(served)
     page.wait_for_selector("body.ready")
@@ -606,6 +608,7 @@ def turns(conversation):
     return found
 
 
+@pytest.mark.prove
 def test_a_server_with_a_key_asks_for_it_and_one_that_keeps_nothing_says_so(visit, guarded):
     page = visit(guarded)
     dialog = page.get_by_role("dialog", name="API key")

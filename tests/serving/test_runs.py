@@ -454,6 +454,7 @@ def test_curves_are_drawn_and_drawn_again_as_the_run_goes_on(tmp_path, browser):
         assert "30 / 1,200" in row.replace("\n", "")
 
 
+@pytest.mark.prove
 def test_runs_beside_each_other(tmp_path, browser):
     make(
         tmp_path / "one",
@@ -512,6 +513,7 @@ def test_a_report_runs_nothing(tmp_path, browser):
         context.close()
 
 
+@pytest.mark.prove
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_on_a_phone_nothing_hangs_over_and_all_can_be_read(tmp_path, browser, scheme):
     make(tmp_path / "a-run-with-quite-a-long-name-in-one-piece")
@@ -581,6 +583,7 @@ def luminance(colour):
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
+@pytest.mark.prove
 def test_the_key_is_asked_for_and_kept_for_the_tab(tmp_path, browser):
     make_report(make(tmp_path / "one"))
     with served(application(tmp_path, "right")) as address:
