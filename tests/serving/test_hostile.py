@@ -490,6 +490,20 @@ def test_what_is_said_is_not_logged(attacked):
     assert post(attacked, "/v1/chat/completions", json.dumps(said))[0] == 200
 
 
+def test_text_that_cannot_fit_is_refused_before_it_is_cut(attacked):
+    """Megabytes of it, in less time than cutting them takes."""
+    begun = time.monotonic()
+    for path, body in (
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "word " * 700_000}]}),
+        ("/v1/completions", {"prompt": "word " * 700_000}),
+    ):
+        status, _, answer = post(attacked, path, json.dumps(body))
+        assert status == 400
+        assert answer["error"]["code"] == "context_length_exceeded"
+        assert "characters" in answer["error"]["message"]
+    assert time.monotonic() - begun < 5
+
+
 # Everything else that can be thought of
 
 

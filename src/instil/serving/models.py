@@ -23,6 +23,7 @@ from instil.prompt.inspect import TokenText
 from instil.serving.protocol import ApiError, ChatRequest, CompletionRequest, Generation
 
 _COMPLETION_TOKENS = 16  # OpenAI's default
+_SHRINKS = 4  # times, at most, that a tokenizer makes text shorter before it cuts it
 _TOO_LONG = "the prompt is longer than the model's context length"  # words by which some clients know it
 
 
@@ -70,6 +71,30 @@ class ServedModel:
                 self.no_chat = str(error)
             else:
                 self.calls = call_format(loaded.renderer)
+
+    @cached_property
+    def most_characters(self) -> int | None:
+        """More text than this is more tokens than the context holds, however it is cut; None where there is no limit.
+
+        Known without cutting it, for megabytes would take seconds.
+        """
+        vocabulary = self.loaded.tokenizer.backend.get_vocab(with_added_tokens=True)
+        longest = max(map(len, vocabulary))
+        return self.engine.context * longest * _SHRINKS if self.engine.context else None
+
+    def check_length(self, text: str, place: str) -> None:
+        """Refuse text that cannot fit.
+
+        Raises:
+            ApiError: It is more than the context holds.
+        """
+        if self.most_characters is not None and len(text) > self.most_characters:
+            raise ApiError(
+                400,
+                f"{_TOO_LONG}: {place} has {len(text):,} characters, the context holds {self.engine.context:,} tokens",
+                place,
+                "context_length_exceeded",
+            )
 
     @cached_property
     def infill(self) -> Infill | UsageError | TemplateError:
@@ -127,6 +152,8 @@ class ServedModel:
         """
         if self.chat is None:
             raise ApiError(400, self.no_chat, "model")
+        for message in conversation.messages:
+            self.check_length(message.content, "messages")
         try:
             return self.chat.whole_prompt(conversation)
         except TooLongError as error:
@@ -201,6 +228,7 @@ class ServedModel:
         """The tokens of a prompt."""
         place = "prompt" if number == 0 else f"prompt[{number}]"
         if isinstance(prompt, str):
+            self.check_length(prompt + (suffix or ""), "prompt")
             if suffix is not None:
                 try:
                     ids = self._infill().ids(prompt, suffix)
