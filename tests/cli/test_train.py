@@ -138,6 +138,7 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(folder):
     assert not (folder / "dry").exists()
 
 
+@pytest.mark.prove
 def test_rows_that_are_left_out_are_said_before_anything_is_trained(folder):
     (folder / "bad.jsonl").write_text((folder / "rows.jsonl").read_text() + '{"instruction": "no answer"}\n')
     given = ["--init", "base", "--data", "bad.jsonl", "--template", "chatml", "--output", "dry", "--dry-run"]
@@ -153,6 +154,7 @@ def test_rows_that_are_left_out_are_said_before_anything_is_trained(folder):
     assert re.search(rf"held out and trained +{kept}\n", shown)
 
 
+@pytest.mark.prove
 def test_a_tokenizer_that_is_not_the_models_is_refused(tuned, folder):
     own = json.loads((tuned / "tokenizer.json").read_text())
     vocabulary = own["model"]["vocab"]

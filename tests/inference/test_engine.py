@@ -274,6 +274,7 @@ def test_answers_come_and_go_and_change_nobody(llama, letters):
         alone.add([own := job(number)])
         while alone.busy:
             alone.advance()
+        alone.close()
         expected.append(own.said)
     batch = engine.batch(4, kept=200)
     jobs = [job(number) for number in range(12)]

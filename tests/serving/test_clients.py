@@ -153,6 +153,7 @@ def test_openai_completes(client):
     assert met.value.param == "suffix"
 
 
+@pytest.mark.prove
 def test_openai_calls_functions(calling):
     """A call comes back parsed, whole and streamed, and its result is answered."""
     with openai.OpenAI(base_url=f"{calling.url}/v1", api_key="none", max_retries=0) as client:

@@ -528,6 +528,7 @@ def test_all_that_schemathesis_thinks_of(attacked, seed):
 # The beginning and the end
 
 
+@pytest.mark.prove
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -558,6 +559,7 @@ def test_what_cannot_be_served(tuned, flags, said):
     assert done.stdout == ""
 
 
+@pytest.mark.prove
 def test_an_end_lets_answers_come_to_theirs(tuned):
     """Ctrl-C: who is being answered is answered, nobody else comes in, and it ends with 0."""
     with serving(tuned, "--precision", "fp32") as served:
