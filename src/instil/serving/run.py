@@ -87,6 +87,8 @@ def run(models: Sequence[ServedModel], opened: socket.socket, settings: Settings
             phone_region=settings.phone_region,
             retention_days=settings.retention_days,
         )
+        for model in models:
+            _ = model.weights_hash  # of a large model it takes seconds, which no request is to wait for
     engines = {model.name: model.engine for model in models}
     fitting = min(engine.fitting for engine in engines.values()) // len(engines)
     contexts = max(engine.context for engine in engines.values()) or fitting

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -50,7 +51,7 @@ class Stream:
         self._open = set(jobs)
         self._loop = asyncio.get_running_loop()
         self._came = asyncio.Event()
-        self._heard: list[Heard] = []  # the thread appends, the loop takes all
+        self._heard: deque[Heard] = deque()  # the thread appends, the loop takes
         self._failed = False
         for job in jobs:
             job.hear = self._hear
@@ -72,7 +73,9 @@ class Stream:
         while self._open:
             await self._came.wait()
             self._came.clear()
-            heard, self._heard = self._heard, []
+            heard = []
+            while self._heard:
+                heard.append(self._heard.popleft())
             for each in heard:
                 if each.ended:
                     self._open.discard(each.job)
