@@ -186,6 +186,24 @@ def test_the_base_stands_beside_the_tuned_model(served):
 
 
 @pytest.mark.parametrize(
+    ("body", "param", "said"),
+    [
+        ({"kind": "rating", "id": "a", "choice": -1, "value": "up"}, "choice", "choice: Input should be greater"),
+        ({"kind": "rating", "id": "a"}, "value", "value: Field required"),
+        ({"kind": "preference", "chosen": {"id": "a"}, "rejected": {}}, "rejected", "rejected.id: Field required"),
+        ({"kind": "thumb"}, "kind", "kind: Input should be one of 'rating', 'correction', 'preference', 'dialogue'"),
+        ({}, "kind", "kind: Field required"),
+        ({"kind": "rating", "id": "a", "vlaue": "up"}, None, "'vlaue' is no field of this request"),
+    ],
+)
+def test_a_mistake_in_feedback_is_told_by_the_fields_that_were_sent(served, body, param, said):
+    answer = served.client.post("/api/feedback", json=body)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, param), error
+    assert error["message"].startswith(said)
+
+
+@pytest.mark.parametrize(
     ("body", "status", "param", "said"),
     [
         ({}, 400, "messages", "Field required"),
@@ -202,6 +220,7 @@ def test_the_base_stands_beside_the_tuned_model(served):
         ({"messages": [{"role": "user", "content": "a " * 600}]}, 400, "messages", "512"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, None, "surrogate"),
         ({"messages": ASK, "n": 64, "stop": [""]}, 400, "stop", ""),
+        ({"messages": ASK, "stop": ""}, 400, "stop", "stop: String"),
     ],
 )
 def test_a_mistake_is_told_in_the_shape_of_openai(served, body, status, param, said):

@@ -1,5 +1,6 @@
 """The store of interactions and judgements: nothing acknowledged is lost, nothing deleted is left."""
 
+import asyncio
 import contextlib
 import glob
 import json
@@ -21,6 +22,7 @@ from pathlib import Path
 import pytest
 
 from instil.errors import UsageError
+from instil.serving import run
 from instil.serving.feedback import Deleted, Given, Interaction, NotRecordedError, Store, StoreError
 from instil.serving.feedback.values import Overview
 
@@ -298,7 +300,18 @@ def test_the_bytes_of_what_was_deleted_are_gone(tmp_path):
         assert b"<mark" not in held()
 
 
-def test_bytes_that_a_reader_holds_are_told(tmp_path, monkeypatch):
+async def expired_once(store, monkeypatch):
+    """What a server does from time to time, once."""
+
+    async def end(_):
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(asyncio, "sleep", end)
+    with contextlib.suppress(asyncio.CancelledError):
+        await run._expire(store)
+
+
+def test_bytes_that_a_reader_holds_are_told(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("instil.serving.feedback.database._BUSY_SECONDS", 0.05)
     with Store(tmp_path, retention_days=1) as store:
         store.record(asked("a", time=NOW - timedelta(days=9000)))
@@ -308,6 +321,8 @@ def test_bytes_that_a_reader_holds_are_told(tmp_path, monkeypatch):
             reader.execute("SELECT count(*) FROM instil_interactions").fetchone()
             with pytest.raises(StoreError, match="the rows are deleted, but the files still hold their bytes"):
                 store.expire()
+            asyncio.run(expired_once(store, monkeypatch))
+            assert "instil: what is older than --retention-days is not all deleted: " in capsys.readouterr().err
         assert store.expire() == Deleted(0, 0)
         assert b"chatml" not in b"".join(path.read_bytes() for path in tmp_path.iterdir())
 
@@ -342,7 +357,7 @@ def test_targets_that_cannot_be(tmp_path):
         with pytest.raises((UsageError, StoreError), match=reason) as caught:
             Store(target)
         assert "secret" not in str(caught.value)
-    with pytest.raises(UsageError, match="de: is no country code\n  did you mean 'DE'"):
+    with pytest.raises(UsageError, match="--phone-region de: is no country code\n  did you mean 'DE'"):
         Store(tmp_path / "kept", phone_region="de")
     for target in (tmp_path / "nowhere", f"sqlite:///{tmp_path}/nowhere/file.sqlite3"):
         with pytest.raises(UsageError, match="nothing was recorded there"):

@@ -75,7 +75,7 @@ def test_phone_numbers_of_a_region():
     assert FRANCE.text("01 42 68 53 00") == "[phone]"
     assert US.text("0171 1234567, 01 42 68 53 00") == "0171 1234567, 01 42 68 53 00"
     assert GERMANY.text("+1 415 555 2671") == "[phone]"
-    with pytest.raises(UsageError, match="USA: is no country code"):
+    with pytest.raises(UsageError, match="--phone-region USA: is no country code"):
         Redactor("USA")
 
 

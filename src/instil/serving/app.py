@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from importlib import resources
 from typing import Any
@@ -91,18 +91,38 @@ async def _told(_: Request, error: Exception) -> Response:
 async def _told_invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    place = [str(each) for each in first["loc"] if each != "body"]
-    field = place[0] if place and first["type"] != "json_invalid" else None
+    field, place = _place(first, error.body)
     what = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
     if first["type"] == "json_invalid":
         what = "the body is not JSON"
+    elif first["type"] == "union_tag_not_found":
+        field = place = "kind"
+        what = "Field required"
+    elif first["type"] == "union_tag_invalid":
+        field = place = "kind"
+        what = f"Input should be one of {first['ctx']['expected_tags']}"
     elif not place and first["type"] == "missing":
         what = "there is no body"
     elif not place and first["type"].startswith(("model_", "dict_")):
         if isinstance(first["input"], bytes):  # not read, for it says that it is something else
             return await _told(request, ApiError(415, "the body must be JSON: send Content-Type: application/json"))
         what = "the body must be an object"
-    return await _told(request, ApiError(400, f"{'.'.join(place)}: {what}" if field else what, field))
+    return await _told(request, ApiError(400, f"{place}: {what}" if place else what, field))
+
+
+def _place(error: Mapping[str, Any], body: Any) -> tuple[str | None, str]:
+    """The field at fault, and where in it: without the names that pydantic gives to the alternatives of a field."""
+    if error["type"] == "json_invalid":
+        return None, ""
+    found: list[str] = []
+    for each in error["loc"][1:]:
+        if isinstance(body, list) and isinstance(each, int) and each < len(body):
+            found.append(f"[{each}]")
+            body = body[each]
+        elif isinstance(body, Mapping) and (each in body or (error["type"] == "missing" and each == error["loc"][-1])):
+            found.append(f".{each}" if found else str(each))
+            body = body.get(each)
+    return (found[0] if found else None), "".join(found)
 
 
 async def _told_http(request: Request, error: Exception) -> Response:

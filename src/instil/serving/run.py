@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 
 import uvicorn
 
-from instil.errors import UsageError
+from instil.errors import InstilError, UsageError
 from instil.serving import runs
 from instil.serving.app import application
 from instil.serving.feedback import Store
@@ -68,7 +68,7 @@ def listen(host: str, port: int) -> Iterator[socket.socket]:
             reason = getattr(error, "strerror", None) or error
             raise UsageError(
                 f"--host {host} --port {port}: cannot be listened on: {reason}",
-                "Give another --port; 0 takes a free one.",
+                "Give another --port (0 takes a free one), or an address of this machine as --host.",
             ) from error
         yield opened
 
@@ -168,6 +168,9 @@ def _say(what: str) -> None:
 async def _expire(store: Store) -> None:
     """Delete what has been kept long enough, now and from time to time."""
     while store.retention_days is not None:
-        with contextlib.suppress(Exception):  # the next time will do
+        try:
             await asyncio.to_thread(store.expire)
+        except Exception as error:  # the next time may do
+            why = error if isinstance(error, InstilError) else type(error).__name__
+            _say(f"what is older than --retention-days is not all deleted: {why}")
         await asyncio.sleep(_EXPIRE)

@@ -212,7 +212,7 @@ class Server:
         try:
             return {"id": await asyncio.to_thread(request.root.keep, store)}
         except NotRecordedError as error:
-            raise ApiError(404, f"{error} (only what was recorded can be rated: store: true)", "id") from error
+            raise ApiError(404, str(error), "id") from error
         except StoreError as error:
             _tell(error)
             raise ApiError(503, "it could not be kept", code="not_kept") from error

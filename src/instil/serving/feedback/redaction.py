@@ -61,7 +61,9 @@ class Redactor:
 
     def __init__(self, region: str = "US") -> None:
         if region not in phonenumbers.SUPPORTED_REGIONS:
-            raise UsageError(f"{region}: is no country code", nearest(region.upper(), phonenumbers.SUPPORTED_REGIONS))
+            raise UsageError(
+                f"--phone-region {region}: is no country code", nearest(region.upper(), phonenumbers.SUPPORTED_REGIONS)
+            )
         self._region = region
 
     def text(self, text: str) -> str:

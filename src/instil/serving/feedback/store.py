@@ -231,9 +231,11 @@ class Store:
         )
         row = connection.execute(found).one_or_none()
         if row is None:
-            raise NotRecordedError(f"{answer[0]}: is not recorded")
+            raise NotRecordedError(
+                f"{answer[0]}: is not recorded", "Say store: true in requests that are to be judged."
+            )
         if not 0 <= answer[1] < row.choices:
-            raise NotRecordedError(f"{answer[0]}: has no answer {answer[1]}, but {row.choices}, counted from 0")
+            raise NotRecordedError(f"{answer[0]}: has no answer {answer[1]}: the last one is {row.choices - 1}")
         return str(row.conversation)
 
     # Read.
