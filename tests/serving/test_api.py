@@ -106,6 +106,7 @@ def test_draws_follow_the_seed(served):
     assert len({said(seed=seed) for seed in range(4)}) > 1
     assert len({said() for _ in range(4)}) > 1
     assert said(seed=1, top_k=1) == said(seed=2, top_p=0.0) == said(temperature=0)
+    assert said(temperature=None, top_p=1.0, top_k=0, min_p=0.0) == said(temperature=0), "what narrows nothing"
 
 
 def test_stop_strings_end_an_answer_before_them(served):
@@ -212,6 +213,8 @@ def test_a_mistake_in_feedback_is_told_by_the_fields_that_were_sent(served, body
         ({"messages": ASK, "temperature": "warm"}, 400, "temperature", "number"),
         ({"messages": ASK, "temperature": -1}, 400, "temperature", "greater than or equal to 0"),
         ({"messages": ASK, "max_tokens": 10**6}, 400, "max_tokens", "4,096 that this server gives"),
+        ({"messages": ASK, "max_tokens": 3, "max_completion_tokens": 5}, 400, None, "differ, and mean the same"),
+        ({"messages": ASK, "store": "yes"}, 400, "store", "boolean"),
         ({"messages": ASK, "presence_penalty": 0.5}, 400, None, "presence_penalty: is not supported"),
         ({"messages": ASK, "response_format": {"type": "json_object"}}, 400, None, "response_format"),
         ({"messages": ASK, "model": "tunde"}, 404, "model", "did you mean 'tuned'?"),

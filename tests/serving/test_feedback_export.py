@@ -173,7 +173,7 @@ def test_what_is_left_out_of_supervised_rows_is_counted(store):
         "there already": 2,
         "cut off, stopped or empty": 4,
         "refused by training: turns out of order: user follows user": 1,
-        "of a text that was gone on with, which no chat template holds": 1,
+        "of /v1/completions, which holds no conversation": 1,
         "rated both up and down": 1,
     }
 

@@ -105,7 +105,7 @@ class SamplingOptions(BaseModel):
         """
         own = dict(generation_config or {})
         own = own if own.get("do_sample") is True else {}
-        narrowed = any(each is not None for each in (self.top_k, self.top_p, self.min_p))
+        narrowed = bool(self.top_k) or bool(self.min_p) or (self.top_p is not None and self.top_p < 1.0)
         usual = {"temperature": float(bool(own) or narrowed), "top_k": 0, "top_p": 1.0, "min_p": 0.0}
         found: dict[str, Any] = {}
         for name, default in {**usual, "repetition_penalty": 1.0}.items():

@@ -48,7 +48,8 @@ class Answering:
         self.model, self.request, self.asked, self.http = model, request, asked, http
         self._metrics, self._keep = metrics, record
         self.id = f"{self.prefix}-{uuid.uuid4().hex}"
-        self.created = int(time.time())
+        self._time = datetime.now(UTC)
+        self.created = int(self._time.timestamp())
         self.index = {job: number for number, job in enumerate(asked.jobs)}
         self._begun = time.perf_counter()
         self._any = False
@@ -123,7 +124,7 @@ class Answering:
         conversation = self.asked.conversation
         return Interaction(
             id=id,
-            time=datetime.fromtimestamp(self.created, UTC),
+            time=self._time,
             model=self.model.name,
             model_hash=self.model.weights_hash,
             template=template,

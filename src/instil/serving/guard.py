@@ -96,7 +96,7 @@ class Guard:
             nonlocal begun
             if message["type"] == "http.response.start":
                 begun = True
-                self._answered(getattr(scope.get("route"), "path", ""), message["status"])
+                self._answered(getattr(scope.get("route"), "path", "other"), message["status"])
                 held = {name for name, _ in message["headers"]}
                 more = [(k.encode(), v.encode()) for k, v in HEADERS.items() if k.encode() not in held]
                 message = {**message, "headers": [*message["headers"], *more]}

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, RootModel, model_validator
+from pydantic import BaseModel, ConfigDict, Field, RootModel, StrictBool, model_validator
 
 from instil.errors import nearest
 from instil.inference.options import SamplingOptions
@@ -112,7 +112,9 @@ class Generation(Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool = Field(default=False, description="Tell the tokens of the prompt and of the answers.")
-    store: bool | None = Field(default=None, description="Whether this may be recorded, where the server records.")
+    store: StrictBool | None = Field(
+        default=None, description="Whether this may be recorded, where the server records."
+    )
     user: str | None = Field(default=None, description="Taken and without effect.")
     presence_penalty: float | None = Field(default=None, description="0 alone.")
     frequency_penalty: float | None = Field(default=None, description="0 alone.")
@@ -174,6 +176,8 @@ class ChatRequest(Generation):
 
     @model_validator(mode="after")
     def _is_supported(self) -> ChatRequest:
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise ValueError("max_tokens and max_completion_tokens: differ, and mean the same: give one")
         if self.tool_choice not in (None, "auto", "none"):
             raise ValueError("tool_choice: must be auto or none")
         if self.parallel_tool_calls is False:

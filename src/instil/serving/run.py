@@ -122,7 +122,7 @@ async def _serve(app: Guard, opened: socket.socket, settings: Settings, store: S
         lifespan="on",
         http=Connection,
         timeout_keep_alive=30,
-        timeout_graceful_shutdown=max(1, round(settings.drain)),
+        timeout_graceful_shutdown=round(settings.drain),
     )
     served = _Uvicorn(config, settings)
     expiring = asyncio.create_task(_expire(store)) if store is not None else None
@@ -145,7 +145,8 @@ class _Uvicorn(uvicorn.Server):
         assert sockets
         port = sockets[0].getsockname()[1]
         host = f"[{self._settings.host}]" if ":" in self._settings.host else self._settings.host
-        kept = f"; recording to {self._settings.record}" if self._settings.record else ""
+        what = "what says store: true" if self._settings.consent == "each" else "all but what says store: false"
+        kept = f"; recording {what} to {self._settings.record}" if self._settings.record else ""
         _say(f"serving at http://{host}:{port}{kept} (Ctrl-C ends it)")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -156,7 +157,8 @@ class _Uvicorn(uvicorn.Server):
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        _say(f"ending: answers under way are given {self._settings.drain:g} seconds (Ctrl-C again ends at once)")
+        given = f": answers under way are given {self._settings.drain:g} seconds (Ctrl-C again ends at once)"
+        _say(f"ending{given if self.server_state.tasks else ''}")
         await super().shutdown(sockets)
 
 

@@ -21,7 +21,7 @@ from instil.serving.feedback.verdicts import Answer, Verdicts, compared
 
 Kind = Literal["supervised", "preference", "labelled"]
 
-COMPLETION = "of a text that was gone on with, which no chat template holds"
+COMPLETION = "of /v1/completions, which holds no conversation"
 CUT_OFF = "cut off, stopped or empty"
 DUPLICATE = "there already"
 DISPUTED = "rated both up and down"
