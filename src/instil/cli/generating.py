@@ -28,14 +28,10 @@ if TYPE_CHECKING:
 _INERT = {code: sign for code, sign in VISIBLE.items() if chr(code) not in " \n\t"}
 
 
-class GenerationOptions(Given, SamplingOptions):
-    """A model, how it generates, and where its answers go."""
+class LoadOptions(Given):
+    """A model that is to generate, and how it is held."""
 
     model: str = Field(description="Model or adapter: a folder or a hub name, with weights in safetensors.")
-    as_json: Annotated[bool, Parameter(name="--json", negative=())] = Field(
-        default=False, description="Print JSON objects, a line each."
-    )
-    output: Path | None = Field(default=None, description="Write these JSON objects to a new file instead.")
     precision: Literal["auto", "bf16", "fp32"] = Field(
         default="auto", description="What is computed in; auto: bf16 where the hardware has it."
     )
@@ -43,6 +39,20 @@ class GenerationOptions(Given, SamplingOptions):
     trust_remote_code: bool = Field(
         default=False, description="Run the Python code that comes with the model; only from a source you trust."
     )
+
+    def of(self, model: str) -> ModelOptions:
+        """A model, held as these say."""
+        names = ("precision", "quantize", "trust_remote_code")
+        return ModelOptions.model_validate({"model": model} | {name: getattr(self, name) for name in names})
+
+
+class GenerationOptions(LoadOptions, SamplingOptions):
+    """A model, how it generates, and where its answers go."""
+
+    as_json: Annotated[bool, Parameter(name="--json", negative=())] = Field(
+        default=False, description="Print JSON objects, a line each."
+    )
+    output: Path | None = Field(default=None, description="Write these JSON objects to a new file instead.")
 
     @model_validator(mode="after")
     def _can_be_written(self) -> GenerationOptions:
@@ -64,8 +74,7 @@ class GenerationOptions(Given, SamplingOptions):
             from instil.inference.load import load_engine
         except ModuleNotFoundError as error:
             raise missing(error) from error
-        names = ("model", "precision", "quantize", "trust_remote_code")
-        return load_engine(ModelOptions.model_validate({name: getattr(self, name) for name in names}), prompt)
+        return load_engine(self.of(self.model), prompt)
 
 
 def shown(values: dict[str, Any]) -> str:

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 from pydantic import BeforeValidator, Field, model_validator
 
-from instil.data.options import Given
+from instil.cli.generating import LoadOptions
 from instil.errors import UsageError
-from instil.model.options import ModelOptions
 from instil.prompt.options import PromptOptions, arguments
 
 if TYPE_CHECKING:
@@ -24,10 +23,9 @@ _KEY = "INSTIL_API_KEY"
 _OF_PROMPTS = PromptOptions.model_fields
 
 
-class ServeOptions(Given):
+class ServeOptions(LoadOptions):
     """Everything that `instil serve` takes."""
 
-    model: str = Field(description="Model or adapter: a folder or a hub name, with weights in safetensors.")
     base: str | None = Field(default=None, description="The model it was tuned from, to be asked beside it.")
     name: str | None = Field(default=None, description="What clients call the model; the name of its folder.")
     template: str | None = Field(default=None, description=_OF_PROMPTS["template"].description)
@@ -61,13 +59,6 @@ class ServeOptions(Given):
     engine: Literal["instil", "vllm"] = Field(
         default="instil", description="vllm: hand over to vLLM, with the model's template and stop tokens."
     )
-    precision: Literal["auto", "bf16", "fp32"] = Field(
-        default="auto", description="What is computed in; auto: bf16 where the hardware has it."
-    )
-    quantize: Literal["none", "nf4"] = Field(default="none", description="Hold the linear layers in 4 bits.")
-    trust_remote_code: bool = Field(
-        default=False, description="Run the Python code that comes with the model; only from a source you trust."
-    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> ServeOptions:
@@ -96,11 +87,9 @@ class ServeOptions(Given):
         """The model, and its base."""
         from instil.inference.load import load_base, load_engine
 
-        names = ("precision", "quantize", "trust_remote_code")
-        same = {name: getattr(self, name) for name in names}
         prompt = PromptOptions(template=self.template, template_args=self.template_args)
-        tuned = load_engine(ModelOptions(model=self.model, **same), prompt)
-        return tuned, load_base(ModelOptions(model=self.base, **same), tuned) if self.base else None
+        tuned = load_engine(self.of(self.model), prompt)
+        return tuned, load_base(self.of(self.base), tuned) if self.base else None
 
 
 def serve(*, options: Annotated[ServeOptions, Parameter(name="*")]) -> None:

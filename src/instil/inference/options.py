@@ -69,7 +69,7 @@ class SamplingOptions(BaseModel):
         ge=0.0,
         allow_inf_nan=False,
         description="Divide the logits by this; 0 takes the likeliest token. As the model's generation_config.json "
-        "says where it samples, else 0 (1 where top-k, top-p or min-p is given).",
+        "says where it samples, else 0 (1 where top-k, top-p or min-p narrows the draw).",
     )
     top_k: int | None = Field(default=None, ge=0, description="Draw among this many of the likeliest; 0: among all.")
     top_p: float | None = Field(
