@@ -330,3 +330,24 @@ def test_a_models_attention_is_what_it_was_before(letters):
     before = model.config._attn_implementation
     engine.generate([[3, 4, 5]], SamplingOptions(max_new_tokens=2))
     assert model.config._attn_implementation == before != NAME
+
+
+def test_nobody_is_forgotten_where_memory_runs_out(llama, letters, monkeypatch):
+    engine = Engine(llama, letters, [])
+    batch = engine.batch(4)
+    jobs = [engine.job([3, 4, 5], Sampling(), 4) for _ in range(3)]
+    batch.add(jobs)
+
+    def join(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SlotReader, "join", join)
+        with pytest.raises(MemoryError):
+            batch.advance()
+    assert batch.abandon() == jobs
+    batch.add(again := [engine.job([3, 4, 5], Sampling(), 4)])
+    while batch.busy:
+        batch.advance()
+    assert again[0].ended == "length"
+    batch.close()

@@ -224,7 +224,11 @@ class _Lane:
             return self._take(self._reader.step([job.drawn[-1].id for job in self.active]), 0)
         prompts = [job.ids for job in joining]
         told = {n: job.told_top for n, job in enumerate(joining) if job.told_top is not None}
-        logits, found, reused = self._reader.join(prompts, told)
+        try:
+            logits, found, reused = self._reader.join(prompts, told)
+        except BaseException:
+            self.waiting.extendleft(reversed(joining))  # as before: whoever asked is told, and nobody is forgotten
+            raise
         for n, job in enumerate(joining):
             job.told, job.reused = found.get(n), reused[n]
         first = len(self.active)
