@@ -85,6 +85,7 @@ def arguments(root, **changes):
         "suite": [f"ifeval:{root / 'ifeval.jsonl'}", f"refusals:{root / 'safe.csv'}", "forgetting"],
         "limit": 24,
         "max_new_tokens": 12,
+        "precision": "fp32",
         "output": root / "out",
     }
     return {**given, **changes}

@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
     """A folder with a small base model, its tokenizer, and four rows."""
     root = tmp_path_factory.mktemp("qlora")
     # Rows of the head long enough to tell tokens apart: they do not train.
-    config = make_folder(root, COUNT, hidden_size=96, intermediate_size=256, initializer_range=0.1)
+    config = make_folder(root, COUNT, hidden_size=128, intermediate_size=256, initializer_range=0.1)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(root / "base")
     return root

@@ -13,7 +13,7 @@ from instil.model.forward import TreeModel
 
 from ..model.forests import KINDS, VOCABULARY, random_model
 
-ONE_BY_ONE = {"gptj"}
+ONE_BY_ONE = {"bloom"}
 
 
 def some_prompts(count=9, seed=0, longest=14):
@@ -299,7 +299,7 @@ def test_answers_come_and_go_and_change_nobody(llama, letters):
     assert llama.config._attn_implementation != NAME
 
 
-@pytest.mark.parametrize("kind", ["llama", "gptj"])
+@pytest.mark.parametrize("kind", ["llama", "bloom"])
 def test_a_prompt_is_told_of(kind, letters):
     model = random_model(kind, torch.float32)
     engine = Engine(model, letters, [])

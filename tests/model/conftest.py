@@ -13,9 +13,9 @@ logging.disable_progress_bar()
 
 WORDS = 40
 _TOKENS = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": None}
-_SIZES = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
+_SIZES = {  # multiples of 64, the blocks of a quantized weight
+    "hidden_size": 64,
+    "intermediate_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
@@ -25,7 +25,7 @@ _SIZES = {
 
 CONFIGS = {
     "llama": lambda: LlamaConfig(vocab_size=WORDS, tie_word_embeddings=False, **_SIZES),
-    "gpt2": lambda: GPT2Config(vocab_size=WORDS, n_embd=16, n_layer=2, n_head=2, n_positions=64, **_TOKENS),
+    "gpt2": lambda: GPT2Config(vocab_size=WORDS, n_embd=64, n_layer=2, n_head=2, n_positions=64, **_TOKENS),
     "qwen2": lambda: Qwen2Config(vocab_size=WORDS + 8, tie_word_embeddings=False, **_SIZES),  # with spare rows
     "qwen2-tied": lambda: Qwen2Config(vocab_size=WORDS + 1, tie_word_embeddings=True, **_SIZES),  # with one
     "mixtral": lambda: MixtralConfig(vocab_size=WORDS, num_local_experts=4, **_SIZES),

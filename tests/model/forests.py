@@ -200,6 +200,7 @@ KINDS = {
     "gpt-bigcode": ("GPTBigCode", _GPT),
     "starcoder2": ("Starcoder2", {"sliding_window": 4}),
     "gptj": ("GPTJ", {**_GPT, "rotary_dim": 2}),
+    "bloom": ("Bloom", {}),
     "cohere": ("Cohere", {"logit_scale": 0.3, "use_qk_norm": True}),
     "cohere2": ("Cohere2", {**_BOTH, "logit_scale": 0.3}),
     "granite": (

@@ -97,10 +97,10 @@ def test_the_counts_are_those_of_the_shapes():
     model = random_model("llama")
     every = sum(each.numel() for each in model.parameters())
     assert trained_parameters(model) == (every, every)
-    # per layer: q, k, v, o (16 by 16) and gate, up, down (16 by 24), two of rank 2 on each
-    added = 2 * 2 * (4 * (16 + 16) + 3 * (16 + 24))
+    # per layer: q, k, v, o (64 by 64) and gate, up, down (64 by 128), two of rank 2 on each
+    added = 2 * 2 * (4 * (64 + 64) + 3 * (64 + 128))
     assert trained_parameters(add_lora(model, LORA)) == (added, every + added)
-    rows = 2 * 2 * 16  # of two new tokens in embedding and head
+    rows = 2 * 2 * 64  # of two new tokens in embedding and head
     grown, growth = with_tokens("llama")
     assert trained_parameters(grown) == (added + rows, every + rows + added + rows)
     assert growth.grown

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from transformers import BloomConfig, BloomForCausalLM, LlamaForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import LlamaForCausalLM, MambaConfig, MambaForCausalLM
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -159,10 +159,6 @@ def test_a_refused_model_reads_path_by_path_exactly(kind):
         check_same((losses.detach(), gradients(reader.model)), separately(of_class(kind), records), 1e-10)
 
 
-def bloom():
-    return shake(BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=16, n_layer=2, n_head=4)))
-
-
 def mamba():
     return shake(
         MambaForCausalLM(MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, state_size=4))
@@ -172,11 +168,10 @@ def mamba():
 @pytest.mark.parametrize(
     ("made", "reason"),
     [
-        (bloom, "on a tree its "),
-        (lambda: random_model("gptj"), "on a tree its "),
+        (lambda: random_model("bloom"), "on a tree its "),
         (mamba, "no small model of its kind could be made"),
     ],
-    ids=["bloom", "gptj", "mamba"],
+    ids=["bloom", "mamba"],
 )
 def test_models_whose_attention_is_their_own_are_refused_and_exact(made, reason):
     records, model = branching(), made().double().eval()
@@ -189,7 +184,7 @@ def test_models_whose_attention_is_their_own_are_refused_and_exact(made, reason)
     torch.testing.assert_close(losses, expected, rtol=1e-10, atol=0)
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"gptj"}))
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"bloom"}))
 def test_models_that_read_trees_are_admitted(kind):
     assert admitted(random_model(kind, torch.float32)) == ""
 

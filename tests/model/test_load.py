@@ -288,7 +288,7 @@ def test_weights_of_another_shape_are_named(saved):
     change_json(folder / "config.json", intermediate_size=20)
     text = error_of(model=folder)
     assert "6 weights have other shapes than its config.json says" in text
-    assert "model.layers.0.mlp.down_proj.weight is (16, 24), not (16, 20)" in text
+    assert "model.layers.0.mlp.down_proj.weight is (64, 128), not (64, 20)" in text
 
 
 def test_weights_that_nobody_asked_for_are_left(saved):

@@ -69,10 +69,7 @@ def test_a_whole_model(whole):
 def test_what_is_chosen(whole, tmp_path):
     own = tmp_path / "own.jinja"
     own.write_text("{{ messages }}")
-    found = flags(
-        command(str(whole), **AT, max_model_len=128, precision="bf16", trust_remote_code=True, template=str(own))
-    )
-    assert found["--max-model-len"] == ["128"]
+    found = flags(command(str(whole), **AT, precision="bf16", trust_remote_code=True, template=str(own)))
     assert found["--dtype"] == ["bfloat16"]
     assert found["--trust-remote-code"] == []
     assert found["--chat-template"] == [str(own)]

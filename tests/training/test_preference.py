@@ -365,7 +365,7 @@ def test_an_adapter_that_is_scaled_otherwise_is_another_reference(tmp_path):
 def test_a_base_in_4_bits_with_other_scales_is_another_reference(tmp_path):
     """They are no parameters of it."""
     trees = trees_of(pair_rows(2))
-    model = reader(quantize(llama(seed=1)))
+    model = reader(quantize(llama(seed=1, width=128)))
     whole = with_reference(model, trees, cache=tmp_path)[0][0].exchange_reference
     assert "found" in with_reference(model, trees, cache=tmp_path)[1]
     model.base.model.layers[0].mlp.down_proj.weight.quant_state.state2.absmax.mul_(1.5)

@@ -149,7 +149,7 @@ class SlotReader:
         return lambda part: self._model.logits(hidden[torch.from_numpy(path[part]).to(hidden.device)])
 
     def _read(self, inputs: Tensor, positions: Tensor, layout: Layout | Rest | Step) -> Tensor:
-        read = {"input_ids": inputs, "position_ids": positions, "past_key_values": self._slots, "use_cache": True}
+        read = {"input_ids": inputs, "position_ids": positions, "cache": self._slots, "use_cache": True}
         found: Tensor = self._model.base.base_model(**read, layout=layout).last_hidden_state
         return found
 
@@ -227,7 +227,7 @@ class OneReader:
 
     def _read(self, ids: Sequence[int], more: Mapping[str, Any]) -> Tensor:
         inputs = torch.tensor([list(ids)]).to(self._model.device)
-        state = {"past_key_values": self._cache, "use_cache": True} if self._cached else {"use_cache": False}
+        state = {"cache": self._cache, "use_cache": True} if self._cached else {"use_cache": False}
         found: Tensor = self._model(input_ids=inputs, **state, **more).logits
         return found
 
@@ -271,7 +271,7 @@ def reading_alone(model: nn.Module) -> OneReader:
     """Reads one answer at a time; from a cache, if the model is seen to go on from it as if it had read all again."""
     ids = [1, 2, 3, 5, 4, 2]
     plain, reader = OneReader(model, cached=False), OneReader(model, cached=True)
-    if "past_key_values" not in _arguments(model):
+    if "cache" not in _arguments(model):
         return plain
     with torch.inference_mode(), quiet():
         whole = plain.join([ids]).logits

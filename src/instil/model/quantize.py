@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from copy import copy
 from typing import Any, cast
 
 import torch
@@ -38,10 +39,11 @@ def quantize(model: nn.Module) -> nn.Module:
         The model.
 
     Raises:
-        ModelError: No layer can be quantized.
+        ModelError: No layer can be quantized, or bitsandbytes computes one wrongly on this processor.
     """
     for name in _linear_layers(model):
-        model.set_submodule(name, _quantized(cast(Any, model.get_submodule(name))))
+        model.set_submodule(name, made := _quantized(cast(Any, model.get_submodule(name))))
+        _check(name, made)
     if not quantized_layers(model):
         raise ModelError(
             f"--quantize nf4: {type(model).__name__} has no linear layer that could be quantized",
@@ -123,6 +125,23 @@ def _quantized(layer: Any) -> Any:
     made.support_avx512bf16_for_cpu = False
     made.register_forward_pre_hook(_in_its_dtype)
     return made.train(layer.training)
+
+
+def _check(name: str, layer: Any) -> None:
+    """Refuse a layer whose rows end within a block where those are read wrongly: by bitsandbytes 0.50 with AVX-512."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    packed, state = layer.weight.data, layer.weight.quant_state
+    if layer.in_features % BLOCK == 0:
+        return
+    in_one_row = copy(state)
+    in_one_row.shape = torch.Size((1, math.prod(state.shape)))
+    if not torch.equal(dequantize_4bit(packed, state).flatten(), dequantize_4bit(packed, in_one_row).flatten()):
+        raise ModelError(
+            f"--quantize nf4: {name} has {layer.in_features:,} inputs, no multiple of {BLOCK}, and bitsandbytes reads "
+            "such weights wrongly on this processor",
+            "Leave --quantize out: LoRA alone holds the base in bf16.",
+        )
 
 
 def _in_its_dtype(layer: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

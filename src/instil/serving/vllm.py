@@ -46,7 +46,6 @@ def hand_over(
     port: int,
     name: str,
     api_key: str | None = None,
-    max_model_len: int | None = None,
     precision: Literal["auto", "bf16", "fp32"] = "auto",
     trust_remote_code: bool = False,
     template: str | None = None,
@@ -61,7 +60,6 @@ def hand_over(
         port: The port.
         name: What the model is called by those who ask.
         api_key: What they must show. It goes through the environment, for everyone may read a command line.
-        max_model_len: Most tokens of a prompt and its answer; the model's limit.
         precision: What products are computed in; auto: what the model is stored in, as vLLM has it.
         trust_remote_code: Run the code that comes with the model.
         template: A `.jinja` file with a chat template in place of the model's own.
@@ -83,7 +81,6 @@ def hand_over(
         host=host,
         port=port,
         name=name,
-        max_model_len=max_model_len,
         precision=precision,
         trust_remote_code=trust_remote_code,
         template=template,
@@ -105,7 +102,6 @@ def command(
     host: str,
     port: int,
     name: str,
-    max_model_len: int | None = None,
     precision: Literal["auto", "bf16", "fp32"] = "auto",
     trust_remote_code: bool = False,
     template: str | None = None,
@@ -144,8 +140,6 @@ def command(
         found += ["--default-chat-template-kwargs", json.dumps(arguments)]
     if (folder / "generation_config.json").is_file():  # holds the stop tokens
         found += ["--generation-config", str(folder)]
-    if max_model_len is not None:
-        found += ["--max-model-len", str(max_model_len)]
     if precision in _DTYPES:
         found += ["--dtype", _DTYPES[precision]]
     return found + (["--trust-remote-code"] if trust_remote_code else [])
