@@ -183,6 +183,13 @@ CORPUS = {
         [(1, "system", "given in the")],
     ),
     "user at the end": (".jsonl", chat(U, A, U), 1, []),
+    "content not its parts": (
+        ".jsonl",
+        chat(U | {"content": "Add.", "instruction": "Add.", "input": "1 2"}, A),
+        0,
+        [(1, "messages[0].content", "is not what instruction and input make")],
+    ),
+    "part no text": (".jsonl", chat(U | {"instruction": "Add.", "input": 3}, A), 0, [(1, "messages[0].input", "3")]),
     "weight below 0": (".jsonl", chat(U, A | {"weight": -1}), 0, [(1, "messages[1].weight", "-1")]),
     "weight true": (".jsonl", chat(U, A | {"weight": True}), 0, [(1, "messages[1].weight", "true")]),
     "weight text": (".jsonl", chat(U, A | {"loss_weight": "1"}), 0, [(1, "messages[1].loss_weight", "'1'")]),

@@ -1,12 +1,14 @@
 """Each shape of rows, held against the exact Record it must become."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from instil.conversation import Conversation, Message, Record, Source
 from instil.data import read
 from instil.errors import DataError, UsageError
+from instil.pocket import sample_data
 
 SYSTEM = Message("system", "Be brief.")
 ASK = Message("user", "Why?")
@@ -371,6 +373,19 @@ PROMPTS = {
         (),
     ),
 }
+
+
+def test_what_a_conversation_is_written_as_is_read_as_that_conversation(tmp_path):
+    """The named parts of its messages included, which a template may place apart."""
+    records = [each for each in read(sample_data()) if each.kind == "conversation"]
+    records += [only(tmp_path, row) for row in (ALPACA, {"prefix": "", "suffix": "c", "middle": "b"})]
+    named = 0
+    for conversation in (each for record in records for each in record.conversations):
+        (found,) = only(tmp_path, conversation.to_wire(), format="messages").conversations
+        assert [replace(each, weight=None) for each in conversation.messages] == list(found.messages)
+        assert found.tools == conversation.tools
+        named += sum(bool(each.fields) for each in found.messages)
+    assert named > 9
 
 
 @pytest.mark.parametrize("name", PROMPTS)

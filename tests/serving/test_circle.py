@@ -13,6 +13,7 @@ from instil.inference.session import Chat
 from instil.model.options import ModelOptions
 from instil.pocket import model_folder
 from instil.prompt import PromptOptions
+from instil.serving.models import ServedModel
 
 from .conftest import serving
 
@@ -99,6 +100,21 @@ def test_a_gap_is_filled_by_the_prompt_of_training(tmp_path):
             found = served.client.post("/v1/completions", json=body).json()
             assert found["prompt_token_ids"] == encoded.exchanges[0].prompt_ids.tolist()
         assert served.client.get("/api/about").json()["models"][0]["fill_in_the_middle"] is True
+
+
+def test_the_parts_of_a_message_are_placed_as_training_placed_them(tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text(json.dumps({"instruction": "Add.", "input": "1 2", "output": "3"}), encoding="utf-8")
+    (trained,) = next(iter(instil.exchanges(instil.read(data), str(model_folder()), template="alpaca"))).exchanges
+    loaded = load_engine(ModelOptions(model=str(model_folder())), PromptOptions(template="alpaca"))
+    model = ServedModel("tuned", "tuned", loaded, 16)
+    whole, parts = {"content": "Add.\n\n1 2"}, {"instruction": "Add.", "input": "1 2"}
+    one, both, other = (
+        list(model.chat_ids(model.conversation([{"role": "user", **message}], None)))
+        for message in (parts, whole | parts, whole)
+    )
+    assert one == both == trained.prompt_ids.tolist()
+    assert other != one
 
 
 def test_the_template_is_served_with_the_arguments_of_training(tmp_path):

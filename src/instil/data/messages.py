@@ -29,6 +29,22 @@ _KEYS = frozenset(
 )
 
 
+def asked(instruction: str, given: str) -> Message:
+    """The user's message for an instruction and, where it is not empty, its input."""
+    if not given.strip():
+        return Message("user", instruction, fields={"instruction": instruction})
+    content = f"{instruction}\n\n{given}" if instruction.strip() else given
+    return Message("user", content, fields={"instruction": instruction, "input": given})
+
+
+def gap(prefix: str, suffix: str) -> Message:
+    """The user's message that asks for what stands between two texts."""
+    return Message("user", prefix, fields={"prefix": prefix, "suffix": suffix})
+
+
+_PARTS = (("instruction", "input", asked), ("prefix", "suffix", gap))
+
+
 class Turn(NamedTuple):
     """A message, and the field of the row it was read from."""
 
@@ -73,11 +89,17 @@ def _read_message(row: Row, field: str, item: Any) -> Turn | None:
     if named is None:
         return None
     role = ROLE_NAMES[named]
-    for key in item.keys() - _KEYS:
+    known = len(row.problems)
+    parts = _read_named_parts(row, field, item) if role == "user" else None
+    fields = parts.fields if parts else {}
+    for key in item.keys() - _KEYS - fields.keys():
         if item[key] is not None:
             row.unused.add(f"{field.rsplit('[', 1)[0]}[].{key}")
-    known = len(row.problems)
+    if parts and _content_key(item) not in item:
+        item = {**item, "content": parts.content}
     content, reasoning, calls = _read_content(row, field, item, named)
+    if parts and content != parts.content:
+        row.bad(f"{field}.{_content_key(item)}", f"is not what {' and '.join(fields)} make", "leave it out, or those")
     weight = _read_weight(row, field, item)
     message = Message(
         role,
@@ -87,14 +109,25 @@ def _read_message(row: Row, field: str, item: Any) -> Turn | None:
         name=_read_name(row, field, item, "name"),
         tool_call_id=_read_name(row, field, item, "tool_call_id"),
         weight=weight,
+        fields=fields,
     )
     # An empty answer that is not trained does no harm; some histories hold one.
     if len(row.problems) == known and not content.strip() and not calls and weight != 0:
         if role == "assistant" and not row.empty_answers:
             row.bad(f"{field}.{_content_key(item)}", f"the answer is empty: {described(content)}")
-        elif role == "user":
+        elif role == "user" and not any(map(str.strip, fields.values())):
             row.bad(f"{field}.{_content_key(item)}", f"the user's message is empty: {described(content)}")
     return Turn(field, message)
+
+
+def _read_named_parts(row: Row, field: str, item: Mapping[str, Any]) -> Message | None:
+    """A user's message whose parts have names, for templates that place them apart; None where they have none."""
+    for first, second, made in _PARTS:
+        if item.get(first) is not None:
+            texts = [item[first], item.get(second) or ""]
+            if all(row.is_text(f"{field}.{key}", text) for key, text in zip((first, second), texts, strict=True)):
+                return made(*texts)
+    return None
 
 
 def _content_key(item: Mapping[str, Any]) -> str:

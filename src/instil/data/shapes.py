@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from instil.conversation import Conversation, Kind, Message, Record
-from instil.data.messages import Turn, check_order, conversation, read_messages, read_tools
+from instil.data.messages import Turn, asked, check_order, conversation, gap, read_messages, read_tools
 from instil.data.row import Row, described
-from instil.data.transcript import asked, is_transcript, read_transcript
+from instil.data.transcript import is_transcript, read_transcript
 from instil.errors import UsageError, nearest
 
 Objective = Literal["supervised", "preference", "pretrain"]
@@ -341,8 +341,7 @@ def _read_fim(row: Row, objective: Objective | None) -> Reading:
 
 def _gap(row: Row, before: str) -> Message:
     """The user's message of a fill-in-the-middle row: what stands before the gap, and after it."""
-    prefix, suffix = row.text(before, empty=True), row.text("suffix", empty=True)
-    return Message("user", prefix, fields={"prefix": prefix, "suffix": suffix})
+    return gap(row.text(before, empty=True), row.text("suffix", empty=True))
 
 
 def may_be_labelled(values: Mapping[str, Any], shape: str | None) -> bool:

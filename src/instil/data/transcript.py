@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from instil.conversation import Message, Role
-from instil.data.messages import Turn
+from instil.data.messages import Turn, asked
 from instil.data.row import Row
 
 _NAMES = re.compile(r"^(Human|Assistant):", re.MULTILINE)
@@ -54,11 +54,3 @@ def read_transcript(row: Row, column: str) -> list[Turn]:
         elif not message.content and not row.empty_answers:
             row.bad(place, "the answer is empty")
     return turns
-
-
-def asked(instruction: str, given: str) -> Message:
-    """The user's message for an instruction and, where it is not empty, its input."""
-    if not given.strip():
-        return Message("user", instruction, fields={"instruction": instruction})
-    content = f"{instruction}\n\n{given}" if instruction.strip() else given
-    return Message("user", content, fields={"instruction": instruction, "input": given})

@@ -6,6 +6,7 @@ import re
 from collections.abc import Container
 
 from instil.conversation import Conversation, Message
+from instil.data.messages import gap
 from instil.data.strict_json import lone_surrogate
 from instil.errors import TemplateError, TokenizerError, UsageError
 from instil.inference.load import Loaded
@@ -81,7 +82,7 @@ class Infill:
             if lone_surrogate(text):
                 raise UsageError(f"the {name} holds half of a surrogate pair, which is no character", "Take it out.")
         if self._renderer is not None:
-            return prompt_ids(self._renderer, _gap(prefix, suffix))
+            return prompt_ids(self._renderer, Conversation((gap(prefix, suffix),)))
         ids = list(self._start)
         for token, place in self._layout:
             ids.append(token)
@@ -114,14 +115,9 @@ def _fitting_renderer(loaded: Loaded) -> Renderer | None:
     """The model's renderer, if its chat template has a place for a prefix and a suffix, and for what fills the gap."""
     if not loaded.has_template:
         return None
-    (asked,) = _gap(_BEFORE, _AFTER).messages
+    asked = gap(_BEFORE, _AFTER)
     try:
         text = loaded.renderer.exchange(Conversation((asked, Message("assistant", "a"))), 1).prompt
     except (TemplateError, TokenizerError):
         return None
     return loaded.renderer if _BEFORE in text and _AFTER in text else None
-
-
-def _gap(prefix: str, suffix: str) -> Conversation:
-    """What a row of data with these columns asks."""
-    return Conversation((Message("user", prefix, fields={"prefix": prefix, "suffix": suffix}),))

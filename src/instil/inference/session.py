@@ -398,5 +398,5 @@ def _check_text(conversation: Conversation) -> None:
 
 
 def _to_record(message: Message) -> dict[str, Any]:
-    """The message as data: its weight included, the parts of its content left out, which stand in it whole."""
-    return replace(message, fields={}).to_wire() | ({} if message.weight is None else {"weight": message.weight})
+    """The message as data: its weight included."""
+    return message.to_wire() | ({} if message.weight is None else {"weight": message.weight})
