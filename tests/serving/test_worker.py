@@ -1,4 +1,4 @@
-"""The thread that generates, and those who hear it: it may be ahead of them."""
+"""The thread that generates, and those who hear it: memory may run out at any time, and either may be ahead."""
 
 import asyncio
 
@@ -7,12 +7,14 @@ from starlette.requests import Request
 
 from instil.inference.batch import Job
 from instil.inference.load import load_engine
+from instil.inference.options import Sampling
+from instil.inference.reading import SlotReader
 from instil.model.options import ModelOptions
 from instil.serving.answering import ChatAnswering, CompletionAnswering
 from instil.serving.metrics import Metrics
 from instil.serving.models import ServedModel
 from instil.serving.protocol import ChatRequest, CompletionRequest
-from instil.serving.worker import Heard
+from instil.serving.worker import FailedError, Heard, Worker
 
 ASK = [{"role": "user", "content": "What is the capital of Peru?"}]
 
@@ -20,6 +22,47 @@ ASK = [{"role": "user", "content": "What is the capital of Peru?"}]
 @pytest.fixture(scope="module")
 def model(tuned):
     return ServedModel("tuned", "tuned", load_engine(ModelOptions(model=str(tuned), precision="fp32")), 100)
+
+
+def out_of_memory(*_, **__):
+    raise MemoryError
+
+
+async def all_of(stream):
+    async with stream:
+        return [each async for heard in stream for each in heard]
+
+
+@pytest.mark.parametrize("fails", ["reader", "drop"])
+def test_memory_that_runs_out_as_clients_come_or_leave(model, monkeypatch, fails):
+    """Those under way are told, and the next is answered: steps of the thread one by one."""
+
+    async def main():
+        worker = Worker({"tuned": model.engine}, 4, 4, 1000)
+        jobs = [model.engine.job([3, 4, 5], Sampling(), 20) for _ in range(3)]
+        with monkeypatch.context() as patched:
+            if fails == "reader":
+                patched.setattr(model.engine, "reader", out_of_memory)
+                streams = [worker.stream("tuned", jobs)]
+                worker._receive()
+            else:
+                streams = [worker.stream("tuned", [job]) for job in jobs]
+                worker._receive()
+                worker._batches["tuned"].advance()
+                patched.setattr(SlotReader, "drop", out_of_memory)
+                async with streams.pop():
+                    pass
+                worker._receive()
+        for stream in streams:
+            with pytest.raises(FailedError):
+                await asyncio.wait_for(all_of(stream), 10)
+        assert (worker.open, worker._streams) == (0, {})
+        worker.start()
+        heard = await asyncio.wait_for(all_of(worker.stream("tuned", [model.engine.job([3], Sampling(), 4)])), 10)
+        assert heard[-1].ended
+        worker.stop()
+
+    asyncio.run(main())
 
 
 def generated(model, jobs: list[Job]):
