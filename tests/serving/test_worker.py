@@ -65,6 +65,12 @@ def test_memory_that_runs_out_as_clients_come_or_leave(model, monkeypatch, fails
     asyncio.run(main())
 
 
+def test_models_share_the_memory(model):
+    alone = Worker({"tuned": model.engine}, 4, 4, 0)._batches["tuned"]
+    both = Worker({"tuned": model.engine, "base": model.engine}, 4, 4, 0)._batches.values()
+    assert sum(each._fitting for each in both) < 1.5 * alone._fitting, "not all that is free for each"
+
+
 def generated(model, jobs: list[Job]):
     """All that is told of answers, when they have ended."""
     heard = []

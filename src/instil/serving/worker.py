@@ -124,7 +124,7 @@ class Worker:
         self.woken: set[Stream] = set()
         """Those whose client has something to hear since the last step."""
         self._asked: SimpleQueue[_Asked] = SimpleQueue()
-        self._batches = {name: engine.batch(rows, kept=kept) for name, engine in engines.items()}
+        self._batches = {name: engine.batch(rows, kept=kept, models=len(engines)) for name, engine in engines.items()}
         self._streams: dict[Job, Stream] = {}
         self._thread = threading.Thread(target=self._run, name="instil-generate", daemon=True)
 
