@@ -351,3 +351,25 @@ def test_nobody_is_forgotten_where_memory_runs_out(llama, letters, monkeypatch):
         batch.advance()
     assert again[0].ended == "length"
     batch.close()
+
+
+@pytest.mark.parametrize("kinds", [("many", "long"), ("long", "many")], ids=" ".join)
+def test_memory_is_taken_for_what_is_in_use(kinds):
+    """Not for as many answers as there ever were, each as long as the longest ever was."""
+    model = random_model("llama")
+    first, second = ({"many": [[6, 7]] * 31, "long": [[5] * 500]}[kind] for kind in kinds)
+    with torch.inference_mode():
+        model.set_attn_implementation(NAME)
+        reader = SlotReader(TreeModel(model, one_by_one="it generates"), 32)
+        reader.join([[3, 4], *first])
+        for row in range(len(first), 0, -1):
+            reader.drop(row)
+        rows = [[3, 4], *second]
+        reader.join(second)
+        keys, _ = reader._slots._layers[0]
+        assert len(rows) <= keys.shape[0] <= 2 * len(rows)
+        assert keys.shape[2] <= 2 * max(map(len, rows)) + 64
+        logits = reader.step([9] * len(rows))
+        model.set_attn_implementation("eager")
+        for own, ids in ((logits[0], [3, 4, 9]), (logits[-1], [*rows[-1], 9])):
+            torch.testing.assert_close(own, model(torch.tensor([ids])).logits[0, -1], atol=1e-6, rtol=1e-6)

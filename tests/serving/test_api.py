@@ -13,6 +13,8 @@ from instil.inference.load import load_engine
 from instil.inference.session import Chat
 from instil.model.options import ModelOptions
 from instil.pocket import data_folder
+from instil.serving.models import ServedModel
+from instil.serving.protocol import CompletionRequest
 
 ASK = [{"role": "user", "content": "What is the capital of Peru?"}]
 
@@ -255,6 +257,20 @@ def test_a_conversation_that_goes_on_is_not_read_anew(served, chat):
         before = answer["usage"]["prompt_tokens"]
         said = answer["choices"][0]["message"]["content"] or "Yes."
         messages += [{"role": "assistant", "content": said}, {"role": "user", "content": f"And what is number {turn}?"}]
+
+
+def test_a_conversation_goes_on_after_an_empty_answer(served):
+    """Which the model itself may have given."""
+    messages = [*ASK, {"role": "assistant", "content": ""}, *ASK]
+    answer = served.client.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 2})
+    assert answer.status_code == 200, answer.text
+
+
+def test_a_limit_that_was_not_asked_for_is_no_mistake(tuned):
+    """Of OpenAI's 16 tokens, where the server gives fewer."""
+    model = ServedModel("tuned", "tuned", load_engine(ModelOptions(model=str(tuned), precision="fp32")), 8)
+    (job,) = model.asked_completion(CompletionRequest(prompt="The capital of Peru is")).jobs
+    assert job.limit == 8
 
 
 def test_answers_are_generated_together_and_one_that_is_left_frees_its_place(served):

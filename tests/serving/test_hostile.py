@@ -272,6 +272,14 @@ def test_a_host_of_the_loopback(attacked, host):
     assert say(attacked, f"GET /health HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())[0] == 200
 
 
+@pytest.mark.prove
+def test_the_host_that_it_listens_at_is_its_own(tuned):
+    """As it says itself, whatever name the address was given by."""
+    with serving(tuned, "--precision", "fp32", "--host", "127.1", INSTIL_API_KEY="sesame") as found:
+        assert found.url.startswith("http://127.1:")
+        assert say(found, f"GET /health HTTP/1.0\r\nHost: {found.url[7:]}\r\n\r\n".encode())[0] == 200
+
+
 def test_a_request_without_a_host(attacked):
     told = say(attacked, b"GET /health HTTP/1.0\r\n\r\n")
     check_refusal(*told)

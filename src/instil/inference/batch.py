@@ -125,12 +125,13 @@ class Batch:
         model: What generates.
         rows: Most answers at once.
         kept: Tokens of earlier answers and their prompts that are kept, for prompts that begin alike.
+        models: How many of them share the memory, each in a batch of its own.
     """
 
-    def __init__(self, model: Model, rows: int, kept: int) -> None:
+    def __init__(self, model: Model, rows: int, kept: int, models: int = 1) -> None:
         self._model = model
         self._before = model.attention
-        self._fitting = model.fitting - kept
+        self._fitting = model.fitting // models - kept
         self._open: dict[bool, Callable[[], Reader]] = {
             False: lambda: model.reader(rows, kept),
             True: model.reader_alone,

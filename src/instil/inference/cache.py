@@ -33,9 +33,7 @@ class Prefill:
     def __init__(self, layout: Layout, paths: Sequence[Tensor | slice], slots: Sequence[int]) -> None:
         self.layout = layout
         self.paths = paths
-        self.longest = layout.longest
         self.slots = slots
-        self.rows = max(slots) + 1
 
 
 class Rest:
@@ -50,7 +48,7 @@ class Rest:
 
     def __init__(self, slot: int, start: int, count: int, device: torch.device) -> None:
         self.slot, self.start = slot, start
-        self.rows, self.longest = slot + 1, start + count
+        self.longest = start + count
         self.positions = torch.arange(start, self.longest, device=device)  # (count,)
         self._masks: dict[tuple[int | None, torch.dtype], Tensor] = {}
 
@@ -108,7 +106,8 @@ Layers = dict[int, tuple[Tensor, Tensor]]
 class Slots:
     """Keys and values of all layers, as transformers' models read and write them.
 
-    Memory is taken as it is needed.
+    Memory is taken as it is needed, and given back where it no longer is when more is taken: as many slots as there
+    ever were, each as long as the longest ever was, would be many times what is in use.
 
     Args:
         count: Most slots.
@@ -116,8 +115,13 @@ class Slots:
 
     def __init__(self, count: int) -> None:
         self._count = count
+        self._rows = self._longest = 0  # in use
         self._layers: Layers = {}  # each (slots, K, length, D), with numbers everywhere: a weight of 0 hides no NaN
         self.now: Prefill | Rest | Step | None = None
+
+    def use(self, rows: int, longest: int) -> None:
+        """Say what is in use from now on: the first slots, up to so many tokens each."""
+        self._rows, self._longest = rows, longest
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Keep the keys and values of a layer; return those that its attention is to read.
@@ -129,7 +133,7 @@ class Slots:
         """
         now = self.now
         assert now is not None
-        layer = self._layer(layer_idx, (key[0], value[0]), now.rows, now.longest)
+        layer = self._layer(layer_idx, (key[0], value[0]))
         if isinstance(now, Prefill):
             for slot, path in zip(now.slots, now.paths, strict=True):
                 for kept, new in zip(layer, (key, value), strict=True):
@@ -162,7 +166,7 @@ class Slots:
     def put(self, slot: int, layers: Layers, length: int) -> None:
         """Let a slot hold the first `length` tokens of what `copy` gave."""
         for number, own in layers.items():
-            for kept, new in zip(self._layer(number, own, slot + 1, length), own, strict=True):
+            for kept, new in zip(self._layer(number, own), own, strict=True):
                 kept[slot, :, :length] = new[:, :length]
 
     def clear(self) -> None:
@@ -173,29 +177,31 @@ class Slots:
         """0: positions are given with every call."""
         return 0
 
-    def _layer(self, number: int, new: tuple[Tensor, Tensor], rows: int, length: int) -> tuple[Tensor, Tensor]:
-        """The slots of a layer, at least as many and as long; `new` are keys and values of it, each (K, ., D)."""
+    def _layer(self, number: int, new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The slots of a layer, at least those in use; `new` are keys and values of it, each (K, ., D)."""
         found = self._layers.get(number)
         if found is None:
             found = tuple(each.new_empty((0, each.shape[0], 0, each.shape[2])) for each in new)  # type: ignore[assignment]
             assert found is not None
         count, size = found[0].shape[0], found[0].shape[2]
-        if count < rows or size < length:
-            count = min(self._count, max(rows, 2 * count)) if count < rows else count
-            size = max(length + _AHEAD, size * 3 // 2) if size < length else size
-            keys, values = (_grown(each, count, size) for each in found)
+        rows, longest = self._rows, self._longest
+        if count < rows or size < longest:
+            count = min(self._count, max(rows, 2 * count)) if count < rows else min(count, 2 * rows)
+            size = max(longest + _AHEAD, size * 3 // 2) if size < longest else min(size, longest * 3 // 2 + _AHEAD)
+            keys, values = (_resized(each, count, size) for each in found)
             found = self._layers[number] = keys, values
         return found
 
 
-def _grown(kept: Tensor, count: int, length: int) -> Tensor:
-    """Slots that hold the same and are more, or longer; 0 where nothing stands."""
+def _resized(kept: Tensor, count: int, length: int) -> Tensor:
+    """So many slots of this length that hold the same, as far as they go; 0 where nothing stands."""
     before, heads, size, width = kept.shape
-    grown = kept.new_empty((count, heads, length, width))
-    grown[:before, :, :size] = kept
-    grown[before:] = 0
-    grown[:before, :, size:] = 0
-    return grown
+    before, size = min(before, count), min(size, length)
+    found = kept.new_empty((count, heads, length, width))
+    found[:before, :, :size] = kept[:before, :, :size]
+    found[before:] = 0
+    found[:before, :, size:] = 0
+    return found
 
 
 def attend_cached(

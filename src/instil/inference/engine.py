@@ -183,14 +183,15 @@ class Engine:
             hear=hear,
         )
 
-    def batch(self, rows: int, *, kept: int = 0) -> Batch:
+    def batch(self, rows: int, *, kept: int = 0, models: int = 1) -> Batch:
         """What generates answers, which come and go.
 
         Args:
             rows: Most answers at once.
             kept: Tokens of earlier answers and their prompts that are kept, for prompts that begin alike.
+            models: How many of them share the memory, each in a batch of its own.
         """
-        return Batch(self, rows, kept)
+        return Batch(self, rows, kept, models)
 
     @property
     def fitting(self) -> int:

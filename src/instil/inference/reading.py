@@ -93,6 +93,7 @@ class SlotReader:
         known = [None if n in told else self._kept.find(prompt, self._shared) for n, prompt in enumerate(prompts)]
         new = [n for n in range(len(prompts)) if known[n] is None]
         self._ids += map(list, prompts)
+        self._slots.use(len(self._ids), max(map(len, self._ids)))
         behind: list[Tensor] = [torch.empty(0)] * len(prompts)
         found: dict[int, Told] = {}
         if new:
@@ -110,6 +111,7 @@ class SlotReader:
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Take in one more token for each row: (B, V), the logits behind each."""
         now = self._slots.now = Step([len(ids) for ids in self._ids], self._model.device)
+        self._slots.use(now.rows, now.longest)
         inputs = torch.tensor(tokens).to(self._model.device)[:, None]  # (B, 1)
         hidden = self._read(inputs, now.positions[:, None], now)[:, -1]  # (B, D)
         for ids, token in zip(self._ids, tokens, strict=True):

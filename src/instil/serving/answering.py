@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -13,12 +13,13 @@ from fastapi import Request
 from typing_extensions import override
 
 from instil.inference.batch import Job
+from instil.inference.sampling import Drawn
 from instil.serving.answers import by_job, calls_to_json, chat_logprobs, completion_logprobs, finish_reason, usage
 from instil.serving.feedback import Given, Interaction
 from instil.serving.metrics import Metrics
 from instil.serving.models import Asked, Said, ServedModel
 from instil.serving.protocol import ChatRequest, CompletionRequest, Generation
-from instil.serving.worker import Stream
+from instil.serving.worker import Heard, Stream
 
 
 class Answering:
@@ -53,12 +54,14 @@ class Answering:
         self.index = {job: number for number, job in enumerate(asked.jobs)}
         self._begun = time.perf_counter()
         self._any = False
+        # Of each answer what was heard: the thread that generates may be further.
+        self.heard = dict.fromkeys(asked.jobs, 0)  # tokens
+        self.ended: set[Job] = set()
 
     async def whole(self, stream: Stream) -> dict[str, Any]:
         """The answers when all are there."""
         async for heard in stream:
-            self._count(len(heard))
-            for job, text, _, ended in by_job(heard):
+            for job, text, _, ended in self._news(heard):
                 self.take(job, text, ended=ended)
         await self._done()
         choices = [self.choice(job) for job in self.asked.jobs]
@@ -75,10 +78,9 @@ class Answering:
                 first[0] = {**first[0], **self._prompt_ids()}
                 yield first
             async for heard in stream:
-                self._count(len(heard))
                 yield [
                     {**head, "choices": [choice]}
-                    for job, text, tokens, ended in by_job(heard)
+                    for job, text, tokens, ended in self._news(heard)
                     for choice in self.delta(job, self.take(job, text, ended=ended), tokens, ended=ended)
                 ]
             complete = True
@@ -137,6 +139,20 @@ class Answering:
             answers=tuple(answers),
             client="page" if self.http.headers.get("sec-fetch-site") == "same-origin" else "api",
         )
+
+    def given(self, job: Job, text: str, calls: Sequence[Mapping[str, Any]] = ()) -> Given:
+        """An answer as it is recorded."""
+        ended = job.ended if job in self.ended else None
+        ids = tuple(each.id for each in job.drawn[: self.heard[job]])
+        return Given(text, tuple(calls), ended or "stopped", ids)
+
+    def _news(self, heard: Sequence[Heard]) -> Iterator[tuple[Job, str, list[Drawn], bool]]:
+        self._count(len(heard))
+        for job, text, tokens, ended in by_job(heard):
+            self.heard[job] += len(tokens)
+            if ended:
+                self.ended.add(job)
+            yield job, text, tokens, ended
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model.name}
@@ -218,10 +234,9 @@ class ChatAnswering(Answering):
         answers = []
         for job in self.asked.jobs:
             said = self._said[job]
-            if job.ended is None:
+            if job not in self.ended:
                 said.finish()
-            ids = tuple(each.id for each in job.drawn)
-            answers.append(Given(said.text, tuple(self._calls(job)), job.ended or "stopped", ids))
+            answers.append(self.given(job, said.text, self._calls(job)))
         messages = [message.to_wire() for message in conversation.messages]
         return [self.interaction(self.id, self.asked.jobs, messages, answers)]
 
@@ -263,7 +278,7 @@ class CompletionAnswering(Answering):
 
     @override
     def delta(self, job: Job, text: str, tokens: Sequence[Any], *, ended: bool) -> list[dict[str, Any]]:
-        first = len(tokens) == len(job.drawn) or not job.drawn
+        first = len(tokens) == self.heard[job]
         shown = (self._prompt(job) if first and self.request.echo else "") + text
         if not (shown or ended or self.request.return_token_ids or self.request.logprobs is not None):
             return []
@@ -277,9 +292,7 @@ class CompletionAnswering(Answering):
         found = []
         for number, own in jobs.items():
             id = self.id if number == 0 else f"{self.id}.{number}"
-            answers = [
-                Given(self._text[job], (), job.ended or "stopped", tuple(each.id for each in job.drawn)) for job in own
-            ]
+            answers = [self.given(job, self._text[job]) for job in own]
             found.append(self.interaction(id, own, [{"role": "user", "content": self._prompt(own[0])}], answers))
         return found
 

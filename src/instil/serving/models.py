@@ -135,6 +135,7 @@ class ServedModel:
             ApiError: A message cannot be read.
         """
         row = Row(Source("request", 1), {"messages": list(messages), "tools": list(tools or ())})
+        row.empty_answers = True  # a model may have given one, and the conversation goes on
         turns = read_messages(row, "messages", list(messages))
         offered = read_tools(row, "tools")
         if row.problems or turns is None:
@@ -186,7 +187,7 @@ class ServedModel:
         prompts = [self._completion_ids(number, each, request.suffix) for number, each in enumerate(request.prompts)]
         if not prompts:
             raise ApiError(400, "prompt: is empty", "prompt")
-        limit = _COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
+        limit = min(_COMPLETION_TOKENS, self.most_tokens) if request.max_tokens is None else request.max_tokens
         stops = self._infill().stop_ids if request.suffix is not None else []
         jobs, sampling = self._jobs(request, prompts, limit, top=request.logprobs or 0, stops=stops)
         for job in jobs:

@@ -98,7 +98,7 @@ def run(models: Sequence[ServedModel], opened: socket.socket, settings: Settings
     server = Server(models, worker, recording, has_runs=bool(more))
     guards = Guards(
         settings.key,
-        frozenset(name.lower() for name in settings.allow_host),
+        frozenset(name.lower() for name in (settings.host, *settings.allow_host)),
         settings.host not in LOOPBACK,
         settings.max_body,
     )

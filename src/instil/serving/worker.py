@@ -124,7 +124,7 @@ class Worker:
         self.woken: set[Stream] = set()
         """Those whose client has something to hear since the last step."""
         self._asked: SimpleQueue[_Asked] = SimpleQueue()
-        self._batches = {name: engine.batch(rows, kept=kept) for name, engine in engines.items()}
+        self._batches = {name: engine.batch(rows, kept=kept, models=len(engines)) for name, engine in engines.items()}
         self._streams: dict[Job, Stream] = {}
         self._thread = threading.Thread(target=self._run, name="instil-generate", daemon=True)
 
@@ -188,19 +188,20 @@ class Worker:
             batch = self._batches[asked.model]
             if asked.what == "add" and asked.stream is not None:
                 self._streams |= dict.fromkeys(asked.jobs, asked.stream)
-                self._attempt(batch, partial(batch.add, asked.jobs))
+                self._attempt(batch, partial(batch.add, asked.jobs), asked.jobs)
             else:
                 for job in asked.jobs:
-                    batch.leave(job)
                     self._streams.pop(job, None)
+                    self._attempt(batch, partial(batch.leave, job))
 
-    def _attempt(self, batch: Batch, act: Callable[[], list[Job] | None]) -> None:
+    def _attempt(self, batch: Batch, act: Callable[[], list[Job] | None], new: Sequence[Job] = ()) -> None:
+        """Do something with a batch; `new` are answers that it may not know yet."""
         try:
             for job in act() or ():
                 self._streams.pop(job, None)
         except Exception as error:  # memory that ran out, most of all: those under way are lost, the server is not
             log(error)
-            for job in batch.abandon():
+            for job in (*batch.abandon(), *new):
                 stream = self._streams.pop(job, None)
                 if stream is not None:
                     stream.fail()
