@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
 def test_an_adapter_learned_on_the_quantized_base_answers_on_it(folder):
     given = ["--model", "base", "--data", "rows.jsonl", "--output", "adapter", *flags(CHOSEN | LEARNING)]
     told = instil(folder, *given).stderr
-    assert "nf4: 14 layers with 327,680 weights" in told
+    assert "nf4: 14 layers with 294,912 weights" in told
     assert "instil: note: the adapter was trained on a base in 4 bits" in told
     out = folder / "adapter"
     held = BitsAndBytesConfig(

@@ -146,12 +146,7 @@ class Batch:
     @property
     def active(self) -> int:
         """The answers that are being generated."""
-        return sum(len(lane.active) for lane in self._lanes.values())
-
-    @property
-    def waiting(self) -> int:
-        """The answers that are not begun."""
-        return sum(len(lane.waiting) for lane in self._lanes.values())
+        return sum(len(lane.active) for lane in tuple(self._lanes.values()))  # asked for by other threads
 
     def add(self, jobs: Iterable[Job]) -> None:
         """Answers to generate; they come in, in this order, where rows are free."""

@@ -7,6 +7,7 @@ bits a weight. Products are computed with the dequantized weight, and the gradie
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from copy import copy
@@ -20,6 +21,8 @@ from instil.errors import ModelError
 
 BLOCK = 64
 """Weights with one scale."""
+
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it asks for a kernel that is not used here
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
