@@ -14,8 +14,10 @@ import httpx
 import pytest
 
 import instil.serving.guard
+from instil.errors import UsageError
 from instil.serving.guard import HEADERS, Guards
 from instil.serving.protocol import ApiError
+from instil.serving.run import listen
 
 from .conftest import serving
 
@@ -532,6 +534,14 @@ def test_all_that_schemathesis_thinks_of(attacked, seed):
 
 
 # The beginning and the end
+
+
+def test_a_port_is_taken_before_a_model_is_loaded():
+    """Else of two servers that begin together one would fail at its end."""
+    with listen("127.0.0.1", 0) as opened:
+        port = opened.getsockname()[1]
+        with pytest.raises(UsageError, match="cannot be listened on"), listen("127.0.0.1", port):
+            pass
 
 
 @pytest.mark.prove

@@ -64,6 +64,7 @@ def listen(host: str, port: int) -> Iterator[socket.socket]:
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             opened.bind(found[4])
+            opened.listen()  # whoever comes while the models are loaded waits; another server is told at once
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UsageError(
