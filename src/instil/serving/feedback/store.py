@@ -332,7 +332,7 @@ class Store:
         """
         if self.retention_days is None:
             return Deleted(0, 0)
-        deleted = self._delete_before(datetime.now(UTC) - timedelta(days=self.retention_days))
+        deleted = self._delete_before(days_ago(self.retention_days))
         if deleted != Deleted(0, 0) or not self._wiped:
             self._wipe()
         return deleted
@@ -408,6 +408,14 @@ class Store:
 
 
 _AS_THEY_ARE = ("id", "time", "model", "model_hash", "template", "template_hash", "kind", "client")
+
+
+def days_ago(days: int) -> datetime:
+    """The time so many days ago; of more days than there are times, the first there is."""
+    try:
+        return datetime.now(UTC) - timedelta(days=days)
+    except OverflowError:
+        return datetime.min.replace(tzinfo=UTC)
 
 
 def conversation_key(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> str:
