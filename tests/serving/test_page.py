@@ -418,6 +418,13 @@ def test_events_are_read_however_the_bytes_are_cut(page):
         assert page.evaluate(read, [data, size]) == said, size
 
 
+@pytest.mark.parametrize("piece", ["> ", "1. "])
+def test_what_is_nested_too_deeply_is_shown_as_it_was_written(page, piece):
+    """Small models write such things. Once kept, such a conversation must not keep the page from being opened."""
+    text = piece * 20_000 + "end"
+    assert page.evaluate(DRAW, text)["text"] == text
+
+
 # The least contrast that WCAG AA asks of text.
 CONTRAST = """() => {
   const pixel = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
