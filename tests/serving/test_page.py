@@ -425,6 +425,27 @@ def test_what_is_nested_too_deeply_is_shown_as_it_was_written(page, piece):
     assert page.evaluate(DRAW, text)["text"] == text
 
 
+def test_what_is_typed_stays_when_the_messages_are_drawn_anew(page):
+    settings(page, Max_tokens=4)
+    keep(page)
+    send(page, "First")
+    press(page, "Bad answer")
+    page.get_by_role("textbox", name="Why").fill("It is not")
+    send(page, "Second")
+    assert page.get_by_role("textbox", name="Why").input_value() == "It is not"
+    caret = """async () => {
+      const { el, redraw } = await import("/static/dom.js");
+      const field = () => { const made = el("textarea", { value: "abc" }); made.dataset.key = "k"; return made; };
+      const part = el("div", {}, field());
+      document.getElementById("messages").append(part);
+      part.firstChild.focus();
+      part.firstChild.setSelectionRange(1, 2);
+      redraw(part, [field()], document.body);
+      return [document.activeElement === part.firstChild, part.firstChild.selectionStart, part.firstChild.selectionEnd];
+    }"""
+    assert page.evaluate(caret) == [True, 1, 2]
+
+
 # The least contrast that WCAG AA asks of text.
 CONTRAST = """() => {
   const pixel = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
