@@ -425,6 +425,64 @@ def test_what_is_nested_too_deeply_is_shown_as_it_was_written(page, piece):
     assert page.evaluate(DRAW, text)["text"] == text
 
 
+def test_two_tabs_lose_nothing_of_each_other(page, served):
+    from playwright.sync_api import expect
+
+    def conversations(tab):
+        return tab.get_by_role("complementary", name="Conversations").get_by_role("listitem").get_by_role("button")
+
+    settings(page, Max_tokens=4)
+    send(page, "First")
+    other = page.context.new_page()
+    other.goto(served.url)
+    other.wait_for_selector("body.ready")
+    conversations(other).click()
+    other.get_by_role("heading", name="First").wait_for()
+    send(page, "Second, here")
+    send(other, "Second, there")
+    assert "both are kept" in other.locator("#note").inner_text()
+    send(other, "Third, there")
+    for tab in (page, other):
+        before = shown(tab)
+        tab.reload()
+        tab.wait_for_selector("body.ready")
+        assert shown(tab) == before
+    assert conversations(page).count() == 2
+    assert [text for text in shown(page) if text.startswith("Second")] == ["Second, here"]
+    assert [text for text in shown(other) if re.match("Second|Third", text)] == ["Second, there", "Third, there"]
+
+    for tab in (page, other):
+        tab.get_by_role("link", name="Write").click()
+    page.get_by_role("textbox", name="1. User").fill("Written here")
+    expect(other.get_by_role("textbox", name="1. User")).to_have_value("Written here")
+    press(other, "Add Assistant's turn")
+    other.get_by_role("textbox", name="2. Assistant").fill("Written there")
+    expect(page.get_by_role("textbox", name="2. Assistant")).to_have_value("Written there")
+    assert page.get_by_role("textbox", name="1. User").input_value() == "Written here"
+
+
+def test_answers_that_are_asked_for_at_once_can_all_be_stopped(page):
+    settings(page, Temperature=2, Max_tokens=4, Seed=1)
+    send(page, "Hello")
+    settings(page, Max_tokens=400)
+    box(page).fill("Tell me a long story.")
+    box(page).press("Enter")
+    page.locator("#messages > li:last-child .text", has_text=re.compile(r"\S.{5}", re.DOTALL)).wait_for()
+    page.evaluate("""() => {
+      const again = document.querySelector("#messages [data-key='1-retry']");
+      again.click();
+      again.click();
+    }""")
+    page.get_by_role("group", name="Versions").get_by_text(re.compile("of [23]")).wait_for()
+    page.locator("#messages > li:last-child .text", has_text=re.compile(r"\S.{5}", re.DOTALL)).wait_for()
+    page.keyboard.press("Escape")
+    finished(page)
+    with page.expect_download() as file:
+        press(page, "Export")
+    asked = json.loads(file.value.path().read_text("utf-8"))["conversation"]["next"][0]
+    assert [each["ended"] for each in asked["next"] if each["ended"] is None] == []
+
+
 def test_what_is_typed_stays_when_the_messages_are_drawn_anew(page):
     settings(page, Max_tokens=4)
     keep(page)
@@ -444,6 +502,48 @@ def test_what_is_typed_stays_when_the_messages_are_drawn_anew(page):
       return [document.activeElement === part.firstChild, part.firstChild.selectionStart, part.firstChild.selectionEnd];
     }"""
     assert page.evaluate(caret) == [True, 1, 2]
+
+
+def test_what_the_server_says_late_is_kept_where_it_belongs(page):
+    settings(page, Max_tokens=4)
+    keep(page)
+    send(page, "Rated late")
+    # The rating is under way when another conversation is opened.
+    page.evaluate("""() => {
+      document.querySelector("#messages [data-key='1-up']").click();
+      document.getElementById("new").click();
+    }""")
+    page.get_by_text("Rated good.").wait_for()
+    assert shown(page) == []
+    page.get_by_role("listitem").get_by_role("button", name="Rated late").click()
+    page.get_by_role("heading", name="Rated late").wait_for()
+    assert page.get_by_role("button", name="Good answer").get_attribute("aria-pressed") == "true"
+
+    # The tokens of one answer are not shown as those of another.
+    told = page.evaluate("""async () => {
+      const { showTokens } = await import("/static/tokens.js");
+      const messages = [{ role: "user", content: "late ".repeat(90) }];
+      const first = showTokens({ model: "tuned", tokens: [] }, messages);
+      const second = showTokens({ model: "no-such-model", tokens: [] }, messages);
+      await Promise.all([first, second]);
+      return document.getElementById("tokens-given").textContent;
+    }""")
+    assert "there is no model 'no-such-model'" in told
+    page.keyboard.press("Escape")
+
+    # A dialogue that is changed while it is being saved is not saved as it stands.
+    page.get_by_role("link", name="Write").click()
+    page.get_by_role("textbox", name="1. User").fill("Saved late")
+    press(page, "Add Assistant's turn")
+    page.get_by_role("textbox", name="2. Assistant").fill("Yes")
+    page.evaluate("""() => {
+      document.getElementById("write-save").click();
+      const turn = document.getElementById("turn-1");
+      turn.value = "Yes, and more";
+      turn.dispatchEvent(new Event("input"));
+    }""")
+    page.get_by_text("The dialogue was kept for training.").wait_for()
+    assert page.locator("#write-state").inner_text() == "Ready to be saved."
 
 
 # The least contrast that WCAG AA asks of text.
