@@ -72,8 +72,8 @@ def browser():
 
 @pytest.fixture(scope="module")
 def guarded(tuned):
-    """A server that wants a key, and records nothing."""
-    with serving(tuned, INSTIL_API_KEY="sesame") as found:
+    """A server that wants a key, records nothing, and gives one answer at a time."""
+    with serving(tuned, "--max-batch", 1, "--max-waiting", 0, INSTIL_API_KEY="sesame") as found:
         yield found
 
 
@@ -600,6 +600,12 @@ def test_every_view_is_readable_and_fits(visit, served, scheme, width):
     look("markdown")
     press(page, "Tokens")
     page.locator("#tokens-given [role=option]").first.hover()
+    page.evaluate("""() => { for (const n of [0, 1, 2, 3, 4]) {
+      const token = document.querySelector("#tokens-generated [role=option]").cloneNode();
+      token.className = `p${n} special`;
+      token.textContent = "<|im_end|>";
+      document.querySelector("#tokens-generated .tokens").append(token);
+    } }""")
     look("tokens")
     page.keyboard.press("Escape")
     press(page, re.compile("^Settings"))
@@ -740,12 +746,17 @@ def turns(conversation):
 def test_a_server_with_a_key_asks_for_it_and_one_that_keeps_nothing_says_so(visit, guarded):
     page = visit(guarded)
     dialog = page.get_by_role("dialog", name="API key")
-    dialog.get_by_label("API key").fill("wrong")
+    dialog.wait_for()
+    page.evaluate("""() => {
+      window.second = import("/static/api.js").then(({ json }) => json("/v1/models"));
+    }""")
+    dialog.get_by_label("API key").fill("сезам")  # letters that are none of a header's
     page.keyboard.press("Enter")
     dialog.get_by_text("does not take this key").wait_for()
     dialog.get_by_label("API key").fill("sesame")
     page.keyboard.press("Enter")
     page.wait_for_selector("body.ready")
+    assert page.evaluate("second.then(({ data }) => data.length)") == 1, "all that wanted it have it"
     assert page.get_by_role("switch").is_disabled()
     assert "started without --record" in page.locator("#keep-note").inner_text()
     settings(page, Max_tokens=4)
@@ -753,6 +764,14 @@ def test_a_server_with_a_key_asks_for_it_and_one_that_keeps_nothing_says_so(visi
     assert len(shown(page)) == 2
     page.get_by_role("button", name="Good answer").press("Enter")
     assert "started without --record" in page.locator("#note").inner_text()
+    # One of two answers is refused, for the other is being given.
+    settings(page, Max_tokens=96)
+    page.locator("#answers").select_option("twice")
+    send(page, "Twice?")
+    assert len(shown(page)) == 4
+    assert "too many requests" in page.locator("#note").inner_text()
+    page.locator("#answers").select_option("once")
+    settings(page, Max_tokens=4)
     # For this tab, not for the next.
     page.reload()
     page.wait_for_selector("body.ready")
@@ -765,7 +784,7 @@ def test_a_server_with_a_key_asks_for_it_and_one_that_keeps_nothing_says_so(visi
     page.context.set_offline(False)
     press(page, "Try again")
     finished(page)
-    assert len(shown(page)) == 4
+    assert len(shown(page)) == 6
 
     # What the server refuses is said, and what was typed stays.
     send(page, "too long " * 2000)
