@@ -161,7 +161,7 @@ def test_list(instil, record):
     assert "chatcmpl-1" not in instil("feedback", "list", "--record", record, "--last", "3").stdout
 
 
-def test_list_as_json(instil, record):
+def test_list_as_json(instil, record, tmp_path):
     def listed(*flags):
         lines = instil("feedback", "list", "--record", record, "--json", *flags).stdout.splitlines()
         return [json.loads(line) for line in lines]
@@ -188,6 +188,9 @@ def test_list_as_json(instil, record):
     assert listed("--only", "written") == [written]
     assert [each["id"] for each in listed("--model", "tuned")] == ["chatcmpl-1", "chatcmpl-3"]
     assert [each["id"] for each in listed("--since", "2026-05-11", "--only", "corrected")] == ["chatcmpl-3"]
+    with Store(tmp_path / record) as store:
+        store.prefer(("chatcmpl-3", 0), ("chatcmpl-3", 1))
+    assert listed("--model", "tuned", "--last", "1")[0]["judged"] == {"corrected": 1, "compared": 1}
 
 
 def test_delete(instil, record, tmp_path):
@@ -198,6 +201,8 @@ def test_delete(instil, record, tmp_path):
         store.record(replace(ASKED, id="new", time=datetime.now(UTC)))
     done = instil("feedback", "delete", "--older-than", "1", "--record", record, "--yes")
     assert done.stderr == "instil: deleted 2 interactions and 2 judgements\n"
+    done = instil("feedback", "delete", "--older-than", "1000000", "--record", record, "--yes")
+    assert done.stderr == "instil: deleted 0 interactions and 0 judgements\n"
     done = instil("feedback", "delete", "--all", "--record", record, "--yes")
     assert done.stderr == "instil: deleted 1 interaction and 1 judgement\n"
     assert "nothing of that kind is recorded there" in instil("feedback", "list", "--record", record).stdout
@@ -235,6 +240,17 @@ def test_stats(instil, record):
     assert ["tuned", "2", "2", "0", "100%", "(34%", "to", "100%)"] in lines
     assert ["2026-W20", "1", "0", "0"] in lines
     assert ["all", "3", "2", "1", "67%", "(21%", "to", "94%)"] in lines
+
+
+def test_stats_of_a_part(instil, record):
+    def counted(*flags):
+        found = json.loads(instil("feedback", "stats", "--record", record, "--json", *flags).stdout)
+        return found["interactions"], found["preferences"], found["dialogues"]
+
+    assert counted() == (3, 1, 1)
+    assert counted("--since", "2099-01-01") == (0, 0, 0)
+    # A dialogue is of no model; what was compared with an answer of this one is made of it, as in an export.
+    assert counted("--model", "base") == (1, 1, 0)
 
 
 def test_no_model_library_is_loaded(record, tmp_path):

@@ -180,6 +180,19 @@ def test_what_is_not_there_cannot_be_judged(store):
     assert store.judgements() == []
 
 
+def test_a_dialogue_is_kept_in_one_way_whichever_it_came_in(store):
+    asks = [{"from": "human", "value": "Hi."}, {"role": "user", "content": [{"type": "text", "text": "Hi."}]}]
+    for ask in asks:
+        store.author([ask, {"from": "gpt", "value": "Hello.", "weight": 0.5}])
+    store.author([{"role": "user", "content": "字" * 190_000}, {"role": "assistant", "content": "Hello."}])
+    first, second, _ = store.judgements()
+    assert first.body == second.body
+    assert first.body["messages"] == [
+        {"role": "user", "content": "Hi."},
+        {"role": "assistant", "content": "Hello.", "weight": 0.5},
+    ]
+
+
 def test_a_dialogue_that_training_would_refuse(store):
     messages = [{"role": "user", "content": "Hi."}, {"role": "usr", "content": "?"}]
     with pytest.raises(UsageError, match=r"messages\[1\].role: no such role: the string 'usr'"):

@@ -72,8 +72,8 @@ def browser():
 
 @pytest.fixture(scope="module")
 def guarded(tuned):
-    """A server that wants a key, and records nothing."""
-    with serving(tuned, INSTIL_API_KEY="sesame") as found:
+    """A server that wants a key, records nothing, and gives one answer at a time."""
+    with serving(tuned, "--max-batch", 1, "--max-waiting", 0, INSTIL_API_KEY="sesame") as found:
         yield found
 
 
@@ -418,6 +418,134 @@ def test_events_are_read_however_the_bytes_are_cut(page):
         assert page.evaluate(read, [data, size]) == said, size
 
 
+@pytest.mark.parametrize("piece", ["> ", "1. "])
+def test_what_is_nested_too_deeply_is_shown_as_it_was_written(page, piece):
+    """Small models write such things. Once kept, such a conversation must not keep the page from being opened."""
+    text = piece * 20_000 + "end"
+    assert page.evaluate(DRAW, text)["text"] == text
+
+
+def test_two_tabs_lose_nothing_of_each_other(page, served):
+    from playwright.sync_api import expect
+
+    def conversations(tab):
+        return tab.get_by_role("complementary", name="Conversations").get_by_role("listitem").get_by_role("button")
+
+    settings(page, Max_tokens=4)
+    send(page, "First")
+    other = page.context.new_page()
+    other.goto(served.url)
+    other.wait_for_selector("body.ready")
+    conversations(other).click()
+    other.get_by_role("heading", name="First").wait_for()
+    send(page, "Second, here")
+    send(other, "Second, there")
+    assert "both are kept" in other.locator("#note").inner_text()
+    send(other, "Third, there")
+    for tab in (page, other):
+        before = shown(tab)
+        tab.reload()
+        tab.wait_for_selector("body.ready")
+        assert shown(tab) == before
+    assert conversations(page).count() == 2
+    assert [text for text in shown(page) if text.startswith("Second")] == ["Second, here"]
+    assert [text for text in shown(other) if re.match("Second|Third", text)] == ["Second, there", "Third, there"]
+
+    for tab in (page, other):
+        tab.get_by_role("link", name="Write").click()
+    page.get_by_role("textbox", name="1. User").fill("Written here")
+    expect(other.get_by_role("textbox", name="1. User")).to_have_value("Written here")
+    press(other, "Add Assistant's turn")
+    other.get_by_role("textbox", name="2. Assistant").fill("Written there")
+    expect(page.get_by_role("textbox", name="2. Assistant")).to_have_value("Written there")
+    assert page.get_by_role("textbox", name="1. User").input_value() == "Written here"
+
+
+def test_answers_that_are_asked_for_at_once_can_all_be_stopped(page):
+    settings(page, Temperature=2, Max_tokens=4, Seed=1)
+    send(page, "Hello")
+    settings(page, Max_tokens=400)
+    box(page).fill("Tell me a long story.")
+    box(page).press("Enter")
+    page.locator("#messages > li:last-child .text", has_text=re.compile(r"\S.{5}", re.DOTALL)).wait_for()
+    page.evaluate("""() => {
+      const again = document.querySelector("#messages [data-key='1-retry']");
+      again.click();
+      again.click();
+    }""")
+    page.get_by_role("group", name="Versions").get_by_text(re.compile("of [23]")).wait_for()
+    page.locator("#messages > li:last-child .text", has_text=re.compile(r"\S.{5}", re.DOTALL)).wait_for()
+    page.keyboard.press("Escape")
+    finished(page)
+    with page.expect_download() as file:
+        press(page, "Export")
+    asked = json.loads(file.value.path().read_text("utf-8"))["conversation"]["next"][0]
+    assert [each["ended"] for each in asked["next"] if each["ended"] is None] == []
+
+
+def test_what_is_typed_stays_when_the_messages_are_drawn_anew(page):
+    settings(page, Max_tokens=4)
+    keep(page)
+    send(page, "First")
+    press(page, "Bad answer")
+    page.get_by_role("textbox", name="Why").fill("It is not")
+    send(page, "Second")
+    assert page.get_by_role("textbox", name="Why").input_value() == "It is not"
+    caret = """async () => {
+      const { el, redraw } = await import("/static/dom.js");
+      const field = () => { const made = el("textarea", { value: "abc" }); made.dataset.key = "k"; return made; };
+      const part = el("div", {}, field());
+      document.getElementById("messages").append(part);
+      part.firstChild.focus();
+      part.firstChild.setSelectionRange(1, 2);
+      redraw(part, [field()], document.body);
+      return [document.activeElement === part.firstChild, part.firstChild.selectionStart, part.firstChild.selectionEnd];
+    }"""
+    assert page.evaluate(caret) == [True, 1, 2]
+
+
+def test_what_the_server_says_late_is_kept_where_it_belongs(page):
+    settings(page, Max_tokens=4)
+    keep(page)
+    send(page, "Rated late")
+    # The rating is under way when another conversation is opened.
+    page.evaluate("""() => {
+      document.querySelector("#messages [data-key='1-up']").click();
+      document.getElementById("new").click();
+    }""")
+    page.get_by_text("Rated good.").wait_for()
+    assert shown(page) == []
+    page.get_by_role("listitem").get_by_role("button", name="Rated late").click()
+    page.get_by_role("heading", name="Rated late").wait_for()
+    assert page.get_by_role("button", name="Good answer").get_attribute("aria-pressed") == "true"
+
+    # The tokens of one answer are not shown as those of another.
+    told = page.evaluate("""async () => {
+      const { showTokens } = await import("/static/tokens.js");
+      const messages = [{ role: "user", content: "late ".repeat(90) }];
+      const first = showTokens({ model: "tuned", tokens: [] }, messages);
+      const second = showTokens({ model: "no-such-model", tokens: [] }, messages);
+      await Promise.all([first, second]);
+      return document.getElementById("tokens-given").textContent;
+    }""")
+    assert "there is no model 'no-such-model'" in told
+    page.keyboard.press("Escape")
+
+    # A dialogue that is changed while it is being saved is not saved as it stands.
+    page.get_by_role("link", name="Write").click()
+    page.get_by_role("textbox", name="1. User").fill("Saved late")
+    press(page, "Add Assistant's turn")
+    page.get_by_role("textbox", name="2. Assistant").fill("Yes")
+    page.evaluate("""() => {
+      document.getElementById("write-save").click();
+      const turn = document.getElementById("turn-1");
+      turn.value = "Yes, and more";
+      turn.dispatchEvent(new Event("input"));
+    }""")
+    page.get_by_text("The dialogue was kept for training.").wait_for()
+    assert page.locator("#write-state").inner_text() == "Ready to be saved."
+
+
 # The least contrast that WCAG AA asks of text.
 CONTRAST = """() => {
   const pixel = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
@@ -472,6 +600,12 @@ def test_every_view_is_readable_and_fits(visit, served, scheme, width):
     look("markdown")
     press(page, "Tokens")
     page.locator("#tokens-given [role=option]").first.hover()
+    page.evaluate("""() => { for (const n of [0, 1, 2, 3, 4]) {
+      const token = document.querySelector("#tokens-generated [role=option]").cloneNode();
+      token.className = `p${n} special`;
+      token.textContent = "<|im_end|>";
+      document.querySelector("#tokens-generated .tokens").append(token);
+    } }""")
     look("tokens")
     page.keyboard.press("Escape")
     press(page, re.compile("^Settings"))
@@ -612,12 +746,17 @@ def turns(conversation):
 def test_a_server_with_a_key_asks_for_it_and_one_that_keeps_nothing_says_so(visit, guarded):
     page = visit(guarded)
     dialog = page.get_by_role("dialog", name="API key")
-    dialog.get_by_label("API key").fill("wrong")
+    dialog.wait_for()
+    page.evaluate("""() => {
+      window.second = import("/static/api.js").then(({ json }) => json("/v1/models"));
+    }""")
+    dialog.get_by_label("API key").fill("сезам")  # letters that are none of a header's
     page.keyboard.press("Enter")
     dialog.get_by_text("does not take this key").wait_for()
     dialog.get_by_label("API key").fill("sesame")
     page.keyboard.press("Enter")
     page.wait_for_selector("body.ready")
+    assert page.evaluate("second.then(({ data }) => data.length)") == 1, "all that wanted it have it"
     assert page.get_by_role("switch").is_disabled()
     assert "started without --record" in page.locator("#keep-note").inner_text()
     settings(page, Max_tokens=4)
@@ -625,6 +764,14 @@ def test_a_server_with_a_key_asks_for_it_and_one_that_keeps_nothing_says_so(visi
     assert len(shown(page)) == 2
     page.get_by_role("button", name="Good answer").press("Enter")
     assert "started without --record" in page.locator("#note").inner_text()
+    # One of two answers is refused, for the other is being given.
+    settings(page, Max_tokens=96)
+    page.locator("#answers").select_option("twice")
+    send(page, "Twice?")
+    assert len(shown(page)) == 4
+    assert "too many requests" in page.locator("#note").inner_text()
+    page.locator("#answers").select_option("once")
+    settings(page, Max_tokens=4)
     # For this tab, not for the next.
     page.reload()
     page.wait_for_selector("body.ready")
@@ -637,7 +784,7 @@ def test_a_server_with_a_key_asks_for_it_and_one_that_keeps_nothing_says_so(visi
     page.context.set_offline(False)
     press(page, "Try again")
     finished(page)
-    assert len(shown(page)) == 4
+    assert len(shown(page)) == 6
 
     # What the server refuses is said, and what was typed stays.
     send(page, "too long " * 2000)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter, defaultdict
-from datetime import UTC, date, datetime, time, timedelta
-from itertools import chain
+from datetime import UTC, date, datetime, time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -20,7 +19,7 @@ from instil.cli.generating import check_new, inert, save
 from instil.errors import UsageError
 
 if TYPE_CHECKING:
-    from instil.serving.feedback import Store
+    from instil.serving.feedback import Judgement, Store
 
 Record = Annotated[str, Parameter(name="--record")]
 Since = Annotated[str | None, Parameter(name="--since")]
@@ -147,9 +146,9 @@ def delete(
         if ids:
             deleted = store.delete(ids)
         else:
-            deleted = store.delete_before(
-                None if older_than is None else datetime.now(UTC) - timedelta(days=older_than)
-            )
+            from instil.serving.feedback.store import days_ago
+
+            deleted = store.delete_before(None if older_than is None else days_ago(older_than))
     judgements = _count(deleted.judgements, "judgement")
     sys.stderr.write(f"instil: deleted {_count(deleted.interactions, 'interaction')} and {judgements}\n")
 
@@ -161,14 +160,15 @@ def stats(*, record: Record, model: str | None = None, since: Since = None, as_j
     Args:
         record: Where it was recorded: a folder, or the URL of a database.
         model: Only interactions with this model.
-        since: Only interactions from this day on (UTC), as 2026-05-31.
+        since: Only what is from this day on (UTC), as 2026-05-31.
         as_json: Print a JSON object.
     """
     begin = _day(since)
     with _open(record) as store:
         from instil.serving.feedback.verdicts import statistics
 
-        found = statistics(store.overview(model=model, since=begin), store.judgements())
+        made = [each for each in store.judgements() if each.kind != "dialogue" or _is_chosen(each, model, begin)]
+        found = statistics(store.overview(model=model, since=begin), made)
     if as_json:
         sys.stdout.write(json.dumps(found, ensure_ascii=False, indent=2) + "\n")
         return
@@ -208,8 +208,9 @@ def _entries(
         made[id][rating.body["value"]] += 1
     for id, _ in verdicts.corrections:
         made[id]["corrected"] += 1
-    for id, _ in chain.from_iterable(verdicts.preferences):
-        made[id]["compared"] += 1
+    for pair in verdicts.preferences:
+        for id in {id for id, _ in pair}:  # both answers may be of one
+            made[id]["compared"] += 1
     entries = [
         {
             "id": each.id,
@@ -226,7 +227,7 @@ def _entries(
         for each in store.interactions(model=model, since=since, judged=judged, last=None if judged else last)
     ]
     for each in verdicts.dialogues:
-        if model is None and (since is None or each.time >= since):
+        if _is_chosen(each, model, since):
             time = each.time.isoformat()
             fixed: dict[str, Any] = {
                 "model": None,
@@ -237,6 +238,11 @@ def _entries(
             }
             entries.append({"id": each.id, "time": time, "redacted": each.redacted, **each.body, **fixed})
     return sorted(entries, key=lambda each: each["time"])
+
+
+def _is_chosen(dialogue: Judgement, model: str | None, since: datetime | None) -> bool:
+    """Whether a dialogue that a person wrote is of what is asked for: it is of no model."""
+    return model is None and (since is None or dialogue.time >= since)
 
 
 def _day(text: str | None) -> datetime | None:

@@ -46,6 +46,7 @@ _FEWEST_DIGITS = 7
 _MOST_GROUPS, _MOST_BESIDE = 8, 2
 _ADDRESS = re.compile(r"\d{1,3}(?:\.\d{1,3}){3}")  # of the internet
 _DECIMAL = re.compile(r"\d+\.\d+")
+_OF_32_BITS = ("2147483647", "2147483648")  # the greatest integer, and the least without its sign
 _ISBN = re.compile(r"ISBN(?:-1[03])?:?\s?$", re.IGNORECASE)
 
 
@@ -182,13 +183,16 @@ def _adds_up(number: str) -> bool:
 
 
 def _is_other(text: str, begin: int, end: int) -> bool:
-    """Whether what could be a phone number is another kind: an internet address, a decimal number, an ISBN."""
+    """Whether what could be a phone number is another kind: an internet address, a decimal number, an ISBN, a
+    limit of integers.
+    """
     said = text[begin:end]
     if said.startswith(("+", "＋")):
         return False
     goes_on = re.match(r"\.\d", text[end : end + 2]) or re.search(r"\d\.$", text[max(begin - 2, 0) : begin])
     return bool(
         goes_on
+        or said in _OF_32_BITS
         or _ADDRESS.fullmatch(said)
         or _DECIMAL.fullmatch(said)
         or _ISBN.search(text[max(begin - 10, 0) : begin])

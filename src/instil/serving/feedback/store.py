@@ -17,7 +17,7 @@ from typing import Any, Literal
 from sqlalchemy import ColumnElement, Connection, Row, Select, and_, delete, func, insert, inspect, or_, select, true
 from sqlalchemy.exc import IntegrityError
 
-from instil.conversation import Source
+from instil.conversation import Message, Source
 from instil.data.messages import check_order, read_messages, read_tools
 from instil.data.row import Row as DataRow
 from instil.errors import UsageError
@@ -177,14 +177,16 @@ class Store:
     def author(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
         """Keep a dialogue that a person wrote, to be trained on.
 
+        It is kept as OpenAI's API writes messages, whichever of the ways that training reads it came in.
+
         Returns:
             The judgement's id.
 
         Raises:
             UsageError: Training would not take it: a role is unknown, turns are out of order, an answer is empty.
         """
-        held = {"messages": [_in_one_text(each) for each in messages], "tools": list(tools)}
-        _short(json.dumps(held), "dialogue")
+        held = {"messages": list(messages), "tools": list(tools)}
+        _short(json.dumps(held, ensure_ascii=False), "dialogue")
         row = DataRow(Source("dialogue", 1), held)
         turns = read_messages(row, "messages", held["messages"])
         read_tools(row, "tools")
@@ -192,10 +194,10 @@ class Store:
             check_order(row, turns)
             if not any(turn.message.role == "assistant" for turn in turns):
                 row.bad("messages", "has no assistant turn")
-        if row.problems:
+        if turns is None or row.problems:
             said = "; ".join(f"{each.field}: {each.reason}" for each in row.problems)
             raise UsageError(f"the dialogue cannot be trained on: {said}")
-        return self._judge("dialogue", held)
+        return self._judge("dialogue", {**held, "messages": [_with_weight(turn.message) for turn in turns]})
 
     def _judge(
         self,
@@ -330,7 +332,7 @@ class Store:
         """
         if self.retention_days is None:
             return Deleted(0, 0)
-        deleted = self._delete_before(datetime.now(UTC) - timedelta(days=self.retention_days))
+        deleted = self._delete_before(days_ago(self.retention_days))
         if deleted != Deleted(0, 0) or not self._wiped:
             self._wipe()
         return deleted
@@ -408,6 +410,14 @@ class Store:
 _AS_THEY_ARE = ("id", "time", "model", "model_hash", "template", "template_hash", "kind", "client")
 
 
+def days_ago(days: int) -> datetime:
+    """The time so many days ago; of more days than there are times, the first there is."""
+    try:
+        return datetime.now(UTC) - timedelta(days=days)
+    except OverflowError:
+        return datetime.min.replace(tzinfo=UTC)
+
+
 def conversation_key(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> str:
     """A hash by which answers to the same conversation are known."""
     return hashlib.sha256(json.dumps([messages, tools], sort_keys=True).encode()).hexdigest()
@@ -421,6 +431,10 @@ def _in_one_text(message: Mapping[str, Any]) -> Mapping[str, Any]:
     ):
         return message
     return {**message, "content": "".join(str(each.get("text", "")) for each in parts)}
+
+
+def _with_weight(message: Message) -> dict[str, Any]:
+    return message.to_wire() | ({} if message.weight is None else {"weight": message.weight})
 
 
 def _short(text: str, name: str) -> str:

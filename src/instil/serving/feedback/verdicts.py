@@ -82,7 +82,7 @@ def statistics(interactions: Sequence[Overview], judgements: Iterable[Judgement]
         "answers": sum(each.answers for each in interactions),
         **_satisfaction([value for _, value in rated]),
         "corrections": _about(verdicts.corrections, by_id),
-        "preferences": sum(all(id in by_id for id, _ in each) for each in verdicts.preferences),
+        "preferences": sum(any(id in by_id for id, _ in each) for each in verdicts.preferences),
         "dialogues": len(verdicts.dialogues),
         "models": grouped("model", lambda each: each.model),
         "weeks": grouped("week", lambda each: f"{each.time:%G-W%V}"),

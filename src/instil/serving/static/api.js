@@ -2,11 +2,15 @@
 
 let key = sessionStorage.getItem("instil.key");
 let askKey = async () => null;
+let asking = null; // the key that is being asked for: once, however many requests want it
 
 /** Say how to ask for the API key when the server wants one. */
 export function onKeyWanted(ask) {
   askKey = ask;
 }
+
+/** The header that carries a key: whatever its letters, as UTF-8. */
+export const bearer = (key) => `Bearer ${String.fromCharCode(...new TextEncoder().encode(key))}`;
 
 /** What the server or the connection said went wrong. */
 export class ApiError extends Error {
@@ -30,7 +34,8 @@ async function failure(response) {
 async function request(path, body, signal) {
   for (;;) {
     const headers = {};
-    if (key) headers.Authorization = `Bearer ${key}`;
+    const used = key;
+    if (used) headers.Authorization = bearer(used);
     if (body !== undefined) headers["Content-Type"] = "application/json";
     let response;
     try {
@@ -46,7 +51,9 @@ async function request(path, body, signal) {
     }
     if (response.ok) return response;
     if (response.status !== 401) throw await failure(response);
-    const given = await askKey(key !== null);
+    if (key !== used) continue; // another request was given one meanwhile
+    asking ??= askKey(key !== null).finally(() => (asking = null));
+    const given = await asking;
     if (given === null) throw await failure(response);
     key = given;
     sessionStorage.setItem("instil.key", key);

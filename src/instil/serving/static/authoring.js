@@ -19,10 +19,21 @@ let running = null; // the draft that is being written
 
 const name = (role) => dialogue[role].trim() || (role === "user" ? "User" : "Assistant");
 
+/** The dialogue as it is kept in this browser. */
+function kept() {
+  const found = { ...fresh(), ...JSON.parse(localStorage.getItem("instil.dialogue") ?? "{}") };
+  found.turns.forEach((turn) => delete turn.drafting); // a reload ends a draft
+  return found;
+}
+
 /** Wire the view to the page. */
 export function startAuthoring() {
-  dialogue = { ...fresh(), ...JSON.parse(localStorage.getItem("instil.dialogue") ?? "{}") };
-  dialogue.turns.forEach((turn) => delete turn.drafting); // a reload ends a draft
+  dialogue = kept();
+  addEventListener("storage", ({ key }) => {
+    if (key !== "instil.dialogue" || running) return;
+    dialogue = kept(); // it was written on in another tab
+    draw();
+  });
   for (const field of ["user", "about", "assistant", "system"]) {
     byId(`write-${field}`).oninput = () => {
       dialogue[field] = byId(`write-${field}`).value;
@@ -152,7 +163,7 @@ function asked(role, before) {
 
 /** Have the model write a turn, to be changed as one likes. What stood there stays if nothing is proposed. */
 async function draft(turn, i) {
-  if (running) return;
+  if (running) return say("Another draft is being written.");
   const controller = (running = new AbortController());
   Object.assign(turn, { drafting: true, error: null });
   draw();
@@ -176,9 +187,10 @@ async function draft(turn, i) {
 }
 
 async function saveDialogue() {
-  if (!(await author(messages()))) return;
+  const sent = messages();
+  if (!(await author(sent))) return;
   changed();
-  dialogue.saved = true;
+  dialogue.saved = JSON.stringify(messages()) === JSON.stringify(sent); // or it was written on meanwhile
   localStorage.setItem("instil.dialogue", JSON.stringify(dialogue));
   state();
 }

@@ -46,8 +46,9 @@ export function startChat(about, changed) {
   };
 }
 
-/** Show a conversation, or a new one; what was being written was stopped. */
-export function open(chosen = newConversation()) {
+/** Show a conversation, or a new one; what is being written is stopped. */
+export async function open(chosen = newConversation()) {
+  while (running) await stop();
   conversation = chosen;
   trouble = null;
   sessionStorage.setItem("instil.open", conversation.id);
@@ -63,56 +64,66 @@ export async function stop() {
   await running?.done;
 }
 
-async function keep() {
-  if (!conversation.next.length) return;
+/** Keep a conversation in this browser. */
+export async function keep(one = conversation) {
+  if (!one.next.length) return;
   try {
-    await save(conversation);
+    if (await save(one)) say("Another tab has gone on with this conversation: both are kept.");
+    if (one === conversation) sessionStorage.setItem("instil.open", one.id);
   } catch {
     say("This browser keeps no conversations here: export this one if you need it.");
   }
   onChange();
 }
 
-const actions = {
-  show(parent, at) {
+/** What can be done in a conversation. When the server has answered, another one may be open. */
+function actionsOf(one) {
+  const changed = () => {
+    if (one === conversation) {
+      draw();
+      follow();
+    }
+    keep(one);
+  };
+  const show = (parent, at) => {
     parent.active = at;
-    actions.changed();
-  },
-  changed() {
-    draw();
-    follow();
-    keep();
-  },
-  async edit({ message, parent }) {
-    const given = await ask(byId("edit"), { content: message.content });
-    if (given === null || !given.content.trim()) return;
-    await answer(add(parent, { role: "user", content: given.content }));
-  },
-  retry: ({ message, parent }) => answer(parent, message.model),
-  async correct({ message, parent }) {
-    const mine = message.by === "person";
-    const first = mine ? parent.next.find((other) => other.served === message.corrects) : message;
-    const before = parent.next.find((other) => other.corrects === first.served);
-    const content = await correct(first, before?.content ?? first.content);
-    if (content === null) return;
-    if (before) before.content = content;
-    const written = {
-      role: "assistant",
-      by: "person",
-      corrects: first.served,
-      model: first.model,
-      content,
-      ended: "stop",
-      tokens: [],
-    };
-    actions.show(parent, parent.next.indexOf(before ?? add(parent, written)));
-  },
-  tokens: ({ message, parent }) => showTokens(message, wire(conversation, parent)),
-};
+    changed();
+  };
+  return {
+    show,
+    changed,
+    async edit({ message, parent }) {
+      const given = await ask(byId("edit"), { content: message.content });
+      if (given === null || !given.content.trim()) return;
+      await answer(add(parent, { role: "user", content: given.content }));
+    },
+    retry: ({ message, parent }) => answer(parent, message.model),
+    async correct({ message, parent }) {
+      const mine = message.by === "person";
+      const first = mine ? parent.next.find((other) => other.served === message.corrects) : message;
+      const before = parent.next.find((other) => other.corrects === first.served);
+      const content = await correct(first, before?.content ?? first.content);
+      if (content === null) return;
+      if (before) before.content = content;
+      const written = {
+        role: "assistant",
+        by: "person",
+        corrects: first.served,
+        model: first.model,
+        content,
+        ended: "stop",
+        tokens: [],
+      };
+      show(parent, parent.next.indexOf(before ?? add(parent, written)));
+    },
+    tokens: ({ message, parent }) => showTokens(message, wire(one, parent)),
+  };
+}
 
 /** Draw the conversation. */
 function draw() {
   bodies = new Map();
+  const actions = actionsOf(conversation);
   const shown = path(conversation);
   const items = shown.map(({ message, parent }, i) => {
     const each = { message, parent, key: String(i), actions };
@@ -164,7 +175,7 @@ async function send() {
 
 /** Have `message` answered: once, twice, or by both models, as was chosen; `model` asks one of them alone. */
 async function answer(message, model) {
-  await stop();
+  while (running) await stop(); // another may have been asked for while the last one ended
   const mode = model ? "once" : byId("answers").value;
   const one = models.some(({ id }) => id === model) ? model : byId("model").value;
   const asked = { once: [one], twice: [one, one], compare: models.map(({ id }) => id) }[mode];
@@ -211,6 +222,10 @@ async function finish(message, answers) {
     if (each.content || each.ended === "stop" || each.ended === "length") continue;
     trouble = each.error ?? trouble;
     remove(message, each);
+  }
+  if (trouble && message.next.some((each) => answers.includes(each))) {
+    say(trouble); // of two answers one came, and stands where the trouble would
+    trouble = null;
   }
   draw();
   follow();

@@ -86,11 +86,27 @@ export async function all() {
   return found.sort((a, b) => b.changed - a.changed);
 }
 
-export async function save(conversation) {
-  conversation.changed = Date.now();
-  await settled((await store("readwrite")).put(conversation));
+let queue = Promise.resolve(); // what is written is written in turn
+
+const inTurn = (work) => (queue = queue.catch(() => {}).then(work));
+
+/** Keep a conversation. Where another tab has gone on with it, this one is kept beside that, under an identifier of its own;
+ * gives whether that was so.
+ */
+export const save = (conversation) => inTurn(() => write(conversation));
+
+async function write(conversation) {
+  const conversations = await store("readwrite");
+  const before = await settled(conversations.get(conversation.id));
+  const elsewhere = before !== undefined && before.changed !== conversation.changed;
+  if (elsewhere) conversation.id = newId();
+  const changed = Date.now();
+  await settled(conversations.put({ ...conversation, changed }));
+  conversation.changed = changed;
+  return elsewhere;
 }
 
 export async function forget(conversation) {
-  await settled((await store("readwrite")).delete(conversation.id));
+  conversation.next = []; // nothing that comes late keeps it again
+  await inTurn(async () => settled((await store("readwrite")).delete(conversation.id)));
 }

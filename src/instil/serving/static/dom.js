@@ -41,13 +41,17 @@ export function button(text, onclick, { key, picture, pressed, why, className = 
   return element;
 }
 
-/** Replace an element's children; the control that had the focus has it again, or `otherwise` where it is gone. */
+/** Replace an element's children; the control that had the focus has it again, at the same place of its text,
+ * or `otherwise` where it is gone.
+ */
 export function redraw(parent, children, otherwise) {
   const focused = parent.contains(document.activeElement) ? document.activeElement : null;
+  const { selectionStart, selectionEnd } = focused ?? {};
   parent.replaceChildren(...children);
   if (!focused) return;
   const again = focused.dataset.key && parent.querySelector(`[data-key="${CSS.escape(focused.dataset.key)}"]`);
   (again || otherwise).focus({ preventScroll: true });
+  if (again && typeof selectionStart === "number") again.setSelectionRange(selectionStart, selectionEnd);
 }
 
 export const byId = (id) => document.getElementById(id);

@@ -4,6 +4,7 @@ import { json } from "./api.js";
 import { ask, button, byId, el, say } from "./dom.js";
 
 let recording = { on: false };
+const typed = new WeakMap(); // by answer: a reason that is not sent yet; the messages are drawn anew while it is typed
 
 /** Keep what the server records, and say it beside the switch. */
 export function startFeedback(about) {
@@ -70,12 +71,15 @@ export function commentLine(answer, key, changed) {
   if (answer.comment) return el("p", { className: "soft said" }, `Your reason: ${answer.comment}`);
   const field = el("input", { type: "text", name: "comment", placeholder: "Why? (optional)", "aria-label": "Why" });
   field.dataset.key = `${key}-comment`;
+  field.value = typed.get(answer) ?? "";
+  field.oninput = () => typed.set(answer, field.value);
   const submit = async (event) => {
     event.preventDefault();
     const comment = field.value.trim();
     if (!comment) return;
     if (await send({ kind: "rating", id: answer.served, choice: 0, value: answer.rating, comment }, "Reason kept.")) {
       answer.comment = comment;
+      typed.delete(answer);
       changed();
     }
   };

@@ -1,7 +1,7 @@
 // The conversations kept in this browser: opened, renamed, deleted, exported.
 
-import { current, open, stop } from "./chat.js";
-import { all, forget, load, save, title, wire } from "./conversations.js";
+import { current, keep, open, stop } from "./chat.js";
+import { all, forget, load, title, wire } from "./conversations.js";
 import { ask, byId, button, download, el, redraw } from "./dom.js";
 
 /** Wire the list to the page and open what was open before. */
@@ -13,8 +13,7 @@ export async function startList() {
     if (given === null) return;
     current().title = given.title.trim();
     byId("title").textContent = title(current());
-    await save(current()).catch(() => {});
-    drawList();
+    await keep();
   };
   byId("delete").onclick = async () => {
     if ((await ask(byId("deleting"))) === null) return;
@@ -29,16 +28,13 @@ export async function startList() {
       .slice(0, 40);
     download(`${name}.json`, JSON.stringify(whole, null, 2), "application/json");
   };
-  open(await load(sessionStorage.getItem("instil.open") ?? "").catch(() => undefined));
+  await open(await load(sessionStorage.getItem("instil.open") ?? "").catch(() => undefined));
   drawList();
 }
 
 /** Open the conversation with this identifier, or a new one. */
 async function go(id) {
-  if (id === undefined || id !== current().id) {
-    await stop();
-    open(id === undefined ? undefined : await load(id));
-  }
+  if (id === undefined || id !== current().id) await open(id === undefined ? undefined : await load(id));
   showList(false);
   drawList();
   byId("message").focus();

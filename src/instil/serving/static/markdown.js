@@ -2,7 +2,7 @@
 
 import { Marked } from "./vendor/marked.esm.js";
 import DOMPurify from "./vendor/purify.es.mjs";
-import { button, say } from "./dom.js";
+import { button, el, say } from "./dom.js";
 
 const escaped = (text) => text.replace(/[&<>"']/g, (character) => `&#${character.codePointAt(0)};`);
 
@@ -28,9 +28,15 @@ const ALLOWED = {
   RETURN_DOM_FRAGMENT: true,
 };
 
-/** The elements of a Markdown text. */
+/** The elements of a Markdown text; of one that is nested too deeply to be parsed, the text as it is. */
 export function markdown(text) {
-  const fragment = DOMPurify.sanitize(marked.parse(text), ALLOWED);
+  let html;
+  try {
+    html = marked.parse(text);
+  } catch {
+    return el("p", { className: "plain" }, text);
+  }
+  const fragment = DOMPurify.sanitize(html, ALLOWED);
   for (const link of fragment.querySelectorAll("a")) {
     link.target = "_blank";
     link.rel = "noopener noreferrer";

@@ -1,5 +1,7 @@
 // What the server tells of the runs, asked again and again: what has not changed is not sent again.
 
+import { bearer } from "./api.js";
+
 let key = sessionStorage.getItem("instil.key");
 const held = new Map(); // by path: the tag of what was sent, and what it was
 
@@ -22,11 +24,13 @@ export const hasKey = () => key !== null;
 export async function get(path) {
   const before = held.get(path);
   const headers = {};
-  if (key !== null) headers.Authorization = `Bearer ${key}`;
+  if (key !== null) headers.Authorization = bearer(key);
   if (before) headers["If-None-Match"] = before.tag;
   let response;
+  let value;
   try {
     response = await fetch(path, { headers, cache: "no-store" });
+    if (response.status === 200) value = await response.json();
   } catch {
     throw new NoAnswer("The server cannot be reached; it is tried again.");
   }
@@ -34,7 +38,6 @@ export async function get(path) {
   if (response.status === 401) throw new KeyWanted();
   if (response.status === 404) return null;
   if (!response.ok) throw new NoAnswer(`The server answered ${response.status}; it is asked again.`);
-  const value = await response.json();
   held.set(path, { tag: response.headers.get("ETag"), value });
   return value;
 }

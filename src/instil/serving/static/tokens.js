@@ -96,9 +96,12 @@ function readout(entry) {
   ].filter(Boolean);
 }
 
+let asked = 0; // times: what is told of an earlier answer is late
+
 /** Open the view on an answer and the messages that it answers. */
 export async function showTokens(answer, messages) {
   const dialog = byId("tokens");
+  const time = (asked += 1);
   const box = byId("tokens-readout");
   const show = (entry) => box.replaceChildren(...readout(entry));
   box.replaceChildren(el("p", { className: "soft" }, "Point at a token, or move with the arrow keys."));
@@ -115,6 +118,7 @@ export async function showTokens(answer, messages) {
   if (!dialog.open) dialog.showModal();
   try {
     const reply = await json("/tokenize", { model: answer.model, messages, return_token_strs: true });
+    if (time !== asked) return;
     const same = answer.promptIds && JSON.stringify(answer.promptIds) === JSON.stringify(reply.tokens);
     const room = reply.max_model_len ? ` of ${reply.max_model_len}` : "";
     const proof = same
@@ -125,6 +129,7 @@ export async function showTokens(answer, messages) {
       row(given(reply), "What the model sees", show),
     );
   } catch (error) {
+    if (time !== asked) return;
     part.replaceChildren(el("p", { className: "error", role: "alert" }, error.message));
   }
 }
