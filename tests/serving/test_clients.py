@@ -18,7 +18,7 @@ from instil.pocket import model_folder
 from .conftest import serving
 
 ASK = [{"role": "user", "content": "What is the capital of Peru?"}]
-LONG = {"max_tokens": 400, "temperature": 2.0, "top_p": 1.0}  # drawn so wildly that it goes on for long
+LONG = {"max_tokens": 400, "temperature": 100.0, "top_p": 1.0, "seed": 1}  # any token, and the stop token too late
 TOOLS = [
     {
         "type": "function",

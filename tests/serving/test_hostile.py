@@ -23,7 +23,7 @@ from .conftest import serving
 
 ASK = [{"role": "user", "content": "What is the capital of Peru?"}]
 SECRET = "zqwhisperedzq"
-LONG = {"messages": ASK, "max_tokens": 400, "temperature": 2.0, "top_p": 1.0, "stream": True}
+LONG = {"messages": ASK, "max_tokens": 400, "temperature": 100.0, "top_p": 1.0, "seed": 1, "stream": True}
 JSON = {"content-type": "application/json"}
 WRONG = ["Bearer", "sesame", "Bearer sesam", "Bearer sesames", "Basic sesame", "Bearer s\u00e9same"]
 FOREIGN = [
