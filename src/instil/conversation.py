@@ -66,6 +66,10 @@ class Message:
             wire["tool_call_id"] = self.tool_call_id
         return wire
 
+    def to_data(self) -> dict[str, Any]:
+        """The message as rows of data write it: `to_wire`, with its weight."""
+        return self.to_wire() | ({} if self.weight is None else {"weight": self.weight})
+
 
 @dataclass(frozen=True, slots=True)
 class Conversation:

@@ -60,20 +60,13 @@ def test_what_is_good_is_trained_and_nothing_else(store):
     store.rate("corrected", 0, "up")
     store.rate("taken back", 0, "up")
     store.rate("taken back", 0, None)
-    store.author([{"role": "system", "content": "Be kind."}, user("Hi."), says("Hello."), user("Bye."), says("Bye!")])
+    written = [user("Hi."), says("Hello.", weight=0.5), user("Bye."), says("Bye!")]
+    store.author([{"role": "system", "content": "Be kind."}, *written])
     found = export(store, "supervised")
     assert bare(found.rows) == [
         {"messages": [user("One?"), says("I.")]},
         {"messages": [user("Three?"), says("3.")]},
-        {
-            "messages": [
-                {"role": "system", "content": "Be kind."},
-                user("Hi."),
-                says("Hello."),
-                user("Bye."),
-                says("Bye!"),
-            ]
-        },
+        {"messages": [{"role": "system", "content": "Be kind."}, *written]},
     ]
     assert found.used == {"rated-up": 1, "corrected": 1, "authored": 2}
     assert +found.left_out == {}
@@ -213,13 +206,21 @@ def test_labelled_rows(store):
         store.rate("a", choice, value)
     store.rate("b", 0, "up")
     store.rate("b", 1, "up")
+    record(store, "c", [user("Three?")], "5")
+    store.rate("c", 0, "up")
+    store.correct("c", 0, "3")
     found = export(store, "labelled")
     asked = [user("One?"), says("Which?", weight=0), user("That.")]
     assert bare(found.rows) == [
         {"messages": [*asked, says("1.")], "label": True},
         {"messages": [*asked, says("one")], "label": True},
     ]
-    assert +found.left_out == {"there already": 1, "rated both up and down": 1, "cut off, stopped or empty": 1}
+    assert +found.left_out == {
+        "there already": 1,
+        "rated both up and down": 1,
+        "cut off, stopped or empty": 1,
+        "rated up, but corrected": 1,
+    }
     records = list(instil.read(found.rows, objective="kto"))
     assert [each.labels for each in records] == [("good",), ("good",)]
 
@@ -283,13 +284,17 @@ def test_pairs_from_ratings(store):
     for name, choice, value in (("a", 0, "up"), ("a", 1, "down"), ("b", 0, "down"), ("c", 0, "up")):
         store.rate(name, choice, value)
     store.prefer(("a", 0), ("a", 1))
-    assert len(export(store, "preference").rows) == 1
+    record(store, "d", [user("One?")], "uno")
+    store.rate("d", 0, "up")
+    store.correct("d", 0, "1.")
+    assert len(export(store, "preference").rows) == 2
     found = export(store, "preference", pairs_from_ratings=True)
     assert [(row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in found.rows] == [
         ("1.", "I."),
+        ("1.", "uno"),
         ("1.", "one"),
     ]
-    assert found.used == {"better-of-two": 1, "up-and-down": 1}
+    assert found.used == {"better-of-two": 1, "corrected": 1, "up-and-down": 1}
     assert +found.left_out == {"there already": 1}
 
 

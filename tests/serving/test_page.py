@@ -211,6 +211,11 @@ def test_escape_stops_an_answer_and_what_was_said_stays(page):
     press(page, "Answer this")
     finished(page)
     assert len(shown(page)) == 6
+    # The button that was pressed has gone meanwhile; the focus has not.
+    box(page).fill("And then?")
+    page.get_by_role("button", name="Send", exact=True).press("Enter")
+    finished(page)
+    assert page.evaluate("document.activeElement.id") == "send"
 
 
 def test_an_answer_is_asked_for_again_and_a_message_edited_and_both_versions_stay(page):
@@ -703,7 +708,11 @@ def test_what_a_person_does_becomes_rows_that_train(visit, served, tuned, tmp_pa
     body = proposed.value.post_data_json
     assert not body["store"]
     assert [message["content"] for message in body["messages"]] == ["Be kind.", "Good morning, page"]
-    page.get_by_role("textbox", name="2. Assistant").fill("Good morning, Ana")
+    mine = page.get_by_role("textbox", name="2. Assistant")
+    mine.fill("Good morning, Ana")
+    press(page, "Propose")
+    press(page, "Take back the draft")
+    assert mine.input_value() == "Good morning, Ana"
     press(page, "Save for training")
     page.get_by_text("Saved for training.").wait_for()
     with page.expect_download() as file:

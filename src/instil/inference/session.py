@@ -86,7 +86,7 @@ class Reply:
         answers = [{"content": a.message.content, "ended": a.ended, "tokens": a.tokens} for a in self.answers]
         said = [each.message for each in self.answers[:1]]
         return {
-            "messages": [_to_record(each) for each in (*self.conversation.messages, *said)],
+            "messages": [each.to_data() for each in (*self.conversation.messages, *said)],
             **({"tools": list(self.conversation.tools)} if self.conversation.tools else {}),
             "answers": answers,
             "prompt_tokens": self.prompt_tokens,
@@ -333,7 +333,7 @@ class ChatSession:
             raise UsageError(f"{file}: there is no answer to save", "Say something first.")
         if path.suffix != ".jsonl":
             raise UsageError(f"{file}: is not named as a file of JSON lines", "Name it so: chats.jsonl.")
-        record = {"messages": [_to_record(message) for message in self.conversation.messages]}
+        record = {"messages": [message.to_data() for message in self.conversation.messages]}
         line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
         try:
             with path.open("a+b") as out:
@@ -395,8 +395,3 @@ def _check_text(conversation: Conversation) -> None:
     for message in conversation.messages:
         if lone_surrogate(message.content):  # of bytes in the command line that are no UTF-8
             raise UsageError(f"the {message.role} message is not UTF-8", "Convert the text to UTF-8.")
-
-
-def _to_record(message: Message) -> dict[str, Any]:
-    """The message as data: its weight included."""
-    return message.to_wire() | ({} if message.weight is None else {"weight": message.weight})

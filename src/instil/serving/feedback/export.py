@@ -26,6 +26,7 @@ CUT_OFF = "cut off, stopped or empty"
 DUPLICATE = "there already"
 DISPUTED = "rated both up and down"
 CONTRADICTED = "judged both ways"
+CORRECTED = "rated up, but corrected"
 SAME = "with the same answer twice"
 NO_MODEL = "written by a person, of no model"
 
@@ -201,6 +202,9 @@ def _labelled(kept: _Kept) -> Export:
         interaction, given = kept.given(answer)
         if not kept.asked_for(interaction) or not kept.whole(given):
             continue
+        if rating.body["value"] == "up" and answer in kept.verdicts.corrections:
+            found.left_out[CORRECTED] += 1
+            continue
         conversation = kept.ending_in(interaction, given.to_wire())
         if conversation is None:
             continue
@@ -275,6 +279,8 @@ def _contrasted(kept: _Kept) -> Iterator[_Pair]:
     down: defaultdict[str, list[Answer]] = defaultdict(list)
     for answer, rating in kept.verdicts.ratings.items():
         interaction, _ = kept.given(answer)
+        if rating.body["value"] == "up" and answer in kept.verdicts.corrections:
+            continue  # the correction is better, and makes a pair of its own
         (up if rating.body["value"] == "up" else down)[_asked(interaction)].append(answer)
     for asked, good in up.items():
         for better in good:
@@ -310,7 +316,7 @@ def _correction(judgement: Judgement) -> dict[str, Any]:
 def _wire(messages: Sequence[Message], trained: Collection[int]) -> list[dict[str, Any]]:
     """The messages, of the assistant's none trained but those."""
     return [
-        message.to_wire() | ({"weight": 0} if message.role == "assistant" and turn not in trained else {})
+        message.to_data() | ({"weight": 0} if message.role == "assistant" and turn not in trained else {})
         for turn, message in enumerate(messages)
     ]
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from sqlalchemy import ColumnElement, Connection, Row, Select, and_, delete, func, insert, inspect, or_, select, true
 from sqlalchemy.exc import IntegrityError
 
-from instil.conversation import Message, Source
+from instil.conversation import Source
 from instil.data.messages import check_order, read_messages, read_tools
 from instil.data.row import Row as DataRow
 from instil.errors import UsageError
@@ -197,7 +197,7 @@ class Store:
         if turns is None or row.problems:
             said = "; ".join(f"{each.field}: {each.reason}" for each in row.problems)
             raise UsageError(f"the dialogue cannot be trained on: {said}")
-        return self._judge("dialogue", {**held, "messages": [_with_weight(turn.message) for turn in turns]})
+        return self._judge("dialogue", {**held, "messages": [turn.message.to_data() for turn in turns]})
 
     def _judge(
         self,
@@ -431,10 +431,6 @@ def _in_one_text(message: Mapping[str, Any]) -> Mapping[str, Any]:
     ):
         return message
     return {**message, "content": "".join(str(each.get("text", "")) for each in parts)}
-
-
-def _with_weight(message: Message) -> dict[str, Any]:
-    return message.to_wire() | ({} if message.weight is None else {"weight": message.weight})
 
 
 def _short(text: str, name: str) -> str:

@@ -128,6 +128,11 @@ function turnItem(turn, i) {
   const propose = turn.drafting
     ? button("Stop", stopDraft, { key: `${id}-propose` })
     : button("Propose", () => draft(turn, i), { key: `${id}-propose` });
+  const undo = () => {
+    Object.assign(turn, { content: turn.before, before: undefined });
+    changed();
+    draw();
+  };
   const remove = () => {
     if (turn.drafting) stopDraft();
     dialogue.turns.splice(i, 1);
@@ -143,6 +148,7 @@ function turnItem(turn, i) {
       "div",
       { className: "actions" },
       propose,
+      turn.before && !turn.drafting ? button("Take back the draft", undo, { key: `${id}-undo` }) : null,
       dialogue.turns.length > 1 ? button("Remove", remove, { key: `${id}-remove` }) : null,
       turn.error ? el("span", { className: "error", role: "alert" }, turn.error) : null,
     ),
@@ -161,7 +167,8 @@ function asked(role, before) {
   return [{ role: "system", content: `${who}\n${task}` }, ...start, ...turned];
 }
 
-/** Have the model write a turn, to be changed as one likes. What stood there stays if nothing is proposed. */
+/** Have the model write a turn, to be changed as one likes. What stood there stays if nothing is proposed, else it can be
+ * had again. */
 async function draft(turn, i) {
   if (running) return say("Another draft is being written.");
   const controller = (running = new AbortController());
@@ -180,7 +187,9 @@ async function draft(turn, i) {
   };
   await generate(body, answer, { signal: controller.signal, onText });
   running = null;
-  Object.assign(turn, { drafting: undefined, error: answer.error, content: answer.content.trim() || turn.content });
+  const content = answer.content.trim() || turn.content;
+  const before = content === turn.content ? turn.before : turn.content;
+  Object.assign(turn, { drafting: undefined, error: answer.error, content, before });
   changed();
   draw();
   say(answer.error ?? (answer.content.trim() ? "A draft was written." : "The model proposed nothing."));

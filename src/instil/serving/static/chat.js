@@ -157,8 +157,10 @@ function draw() {
   byId("empty").hidden = items.length > 0;
   byId("title").textContent = title(conversation);
   byId("keep").checked = isKept(conversation);
+  const pressed = [byId("send"), byId("stop")].includes(document.activeElement);
   byId("send").hidden = running !== null;
   byId("stop").hidden = running === null;
+  if (pressed) byId(running ? "stop" : "send").focus(); // the one that was pressed is gone
   byId("messages").setAttribute("aria-busy", String(running !== null));
 }
 
