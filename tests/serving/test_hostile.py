@@ -8,14 +8,16 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 
 import httpx
 import pytest
 
 import instil.serving.guard
+import instil.serving.http
 from instil.errors import UsageError
 from instil.serving.guard import HEADERS, Guards
+from instil.serving.http import Connection
 from instil.serving.protocol import ApiError
 from instil.serving.run import listen
 
@@ -434,6 +436,38 @@ def test_a_body_that_trickles(monkeypatch):
         asyncio.run(read())
     assert met.value.status == 408
     assert 0 < pieces <= 4
+
+
+def test_a_client_that_takes_nothing_is_let_go(monkeypatch):
+    """What was written for it is thrown away; else it would be waited for with no end."""
+    import asyncio
+
+    import uvicorn
+
+    monkeypatch.setattr(instil.serving.http, "_IDLE", 0.1)
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        with suppress(TimeoutError):
+            await asyncio.wait_for(send({"type": "http.response.body", "body": bytes(1 << 26), "more_body": True}), 0.1)
+
+    async def ask():
+        server = uvicorn.Server(uvicorn.Config(app, http=Connection, lifespan="off", log_level="critical"))
+        with socket.socket() as opened:
+            opened.bind(("127.0.0.1", 0))
+            serving = asyncio.create_task(server.serve([opened]))
+            while not server.started:
+                await asyncio.sleep(0)
+            _, writer = await asyncio.open_connection(*opened.getsockname())
+            writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+            for there in (True, False):
+                while bool(server.server_state.connections) != there:
+                    await asyncio.sleep(0.01)
+            server.should_exit = True
+            await serving
+            writer.close()
+
+    asyncio.run(asyncio.wait_for(ask(), 30))
 
 
 def test_a_client_that_reads_nothing_stops_no_other(attacked):

@@ -52,8 +52,12 @@ class Connection(H11Protocol):
         self._idle = self.loop.call_later(_IDLE, self._end_if_idle)
 
     def _end_if_idle(self) -> None:
+        if self.transport.is_closing():  # for what its client does not take
+            self.transport.abort()
+            return
         if getattr(self.cycle, "response_complete", True):  # there is none before the first request
             self.transport.close()
+        self._wait()
 
     def _refuse(self, error: ApiError) -> None:
         body = json.dumps(error.to_json()).encode()
