@@ -1,5 +1,6 @@
 """`instil feedback` through the real command."""
 
+import contextlib
 import json
 import os
 import pty
@@ -159,6 +160,25 @@ def test_list(instil, record):
     assert lines[5].endswith("written")
     assert len(lines) == 6
     assert "chatcmpl-1" not in instil("feedback", "list", "--record", record, "--last", "3").stdout
+
+
+def test_ids_are_whole_in_a_narrow_terminal(record, tmp_path):
+    """One that shows no styles is 80 columns wide to Rich."""
+    long = f"chatcmpl-{'0123456789abcdef' * 2}"
+    with Store(tmp_path / "kept") as store:
+        store.record(replace(ASKED, id=long))
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "instil", "feedback", "list", "--record", record]
+    subprocess.run(command, stdout=theirs, cwd=tmp_path, check=True, env={**os.environ, "TERM": "dumb"})
+    os.close(theirs)
+    shown = b""
+    with os.fdopen(ours, "rb", buffering=0) as screen, contextlib.suppress(OSError):  # so ends what nobody writes to
+        while piece := screen.read(4096):
+            shown += piece
+    head, *lines = shown.decode().splitlines()
+    assert max(map(len, lines)) <= 80
+    column = slice(head.index("Id"), head.index("Model"))
+    assert long in "".join(line[column].strip() for line in lines)
 
 
 def test_list_as_json(instil, record, tmp_path):

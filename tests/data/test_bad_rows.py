@@ -189,6 +189,12 @@ CORPUS = {
         0,
         [(1, "messages[0].content", "is not what instruction and input make")],
     ),
+    "content not its part": (
+        ".jsonl",
+        chat(U | {"content": "Add 1.", "instruction": "Add."}, A),
+        0,
+        [(1, "messages[0].content", "is not what instruction makes")],
+    ),
     "part no text": (".jsonl", chat(U | {"instruction": "Add.", "input": 3}, A), 0, [(1, "messages[0].input", "3")]),
     "weight below 0": (".jsonl", chat(U, A | {"weight": -1}), 0, [(1, "messages[1].weight", "-1")]),
     "weight true": (".jsonl", chat(U, A | {"weight": True}), 0, [(1, "messages[1].weight", "true")]),

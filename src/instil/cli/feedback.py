@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import App, Parameter
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from instil.cli.generating import check_new, inert, save
@@ -105,8 +105,9 @@ def list_interactions(
         for each in entries:
             sys.stdout.write(json.dumps(each, ensure_ascii=False) + "\n")
         return
+    whole = Column("Id", overflow="fold")  # in a narrow terminal too: it is what `delete` takes
     table = Table(
-        "Time", "Id", "Model", "Asked", "Answered", "Judged", box=SIMPLE_HEAD, pad_edge=False, show_edge=False
+        "Time", whole, "Model", "Asked", "Answered", "Judged", box=SIMPLE_HEAD, pad_edge=False, show_edge=False
     )
     for each in entries:
         asked = next((turn["content"] for turn in reversed(each["messages"]) if turn["role"] == "user"), "")

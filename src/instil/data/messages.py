@@ -99,7 +99,8 @@ def _read_message(row: Row, field: str, item: Any) -> Turn | None:
         item = {**item, "content": parts.content}
     content, reasoning, calls = _read_content(row, field, item, named)
     if parts and content != parts.content:
-        row.bad(f"{field}.{_content_key(item)}", f"is not what {' and '.join(fields)} make", "leave it out, or those")
+        made = f"{' and '.join(fields)} make{'s' if len(fields) == 1 else ''}"
+        row.bad(f"{field}.{_content_key(item)}", f"is not what {made}", "leave it out, or those")
     weight = _read_weight(row, field, item)
     message = Message(
         role,
