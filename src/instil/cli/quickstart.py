@@ -251,6 +251,7 @@ def _commands(options: QuickstartOptions) -> list[tuple[str, str]]:
     model, base = shlex.quote(str(options.output)), shlex.quote(_short(model_folder()))
     return [
         ("Talk to it", f"instil chat --model {model}"),
+        ("See it beside its base, in a browser or by OpenAI's API", f"instil serve --model {model} --base {base}"),
         ("See what the base model does instead", f'instil complete --model {base} --prompt "The capital of Peru is"'),
         ("See which tokens of your data would be trained", f"instil inspect --model {model} --data yours.jsonl"),
         (
